@@ -1,0 +1,1 @@
+//! A small tape over the fused ops, with recomputing checkpoint segments.

@@ -1,0 +1,1 @@
+//! Tokenizers, corpora, document packing, the loader and the curriculum sampler.

@@ -1,0 +1,1 @@
+//! Held-out loss, needles, baselines and the report.

@@ -1,0 +1,1 @@
+//! One folder per op: forward and backward as plain functions on tensors.

@@ -1,0 +1,1 @@
+//! Gate, router policies, decoder, bounded cache, cost model; checkpoint import and export.

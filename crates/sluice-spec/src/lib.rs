@@ -1,0 +1,9 @@
+//! Plain data that every part of Sluice agrees on: model and routing configs, tensor names.
+//! Knows nothing about compute.
+
+pub mod model;
+pub mod routing;
+pub mod tensor_names;
+
+pub use model::{Architecture, ConfigError, ModelConfig, RopeScaling};
+pub use routing::{GateHeads, RoutingConfig};

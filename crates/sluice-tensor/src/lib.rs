@@ -1,0 +1,8 @@
+//! Contiguous tensors on a device, with memory accounting, and the matrix product.
+//! Knows nothing about models or tapes.
+
+pub mod gemm;
+pub mod memory;
+mod tensor;
+
+pub use tensor::{DType, Device, Tensor};

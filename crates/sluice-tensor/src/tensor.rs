@@ -1,0 +1,251 @@
+//! A contiguous, row-major, reference-counted tensor. Cloning and reshaping share the storage;
+//! [`Tensor::f32_mut`] copies it first when somebody else still looks at it.
+
+use std::sync::Arc;
+
+use half::bf16;
+
+use crate::memory;
+
+/// Where a tensor lives. A GPU joins as another variant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// Main memory.
+    Cpu,
+}
+
+/// Number format of the stored elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// bfloat16: the upper half of a single.
+    Bf16,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+#[derive(Clone)]
+enum Elements {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+}
+
+impl Elements {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len() * 4,
+            Self::Bf16(v) => v.len() * 2,
+        }
+    }
+}
+
+/// Counted storage.
+struct Storage(Elements);
+
+impl Storage {
+    fn new(elements: Elements) -> Self {
+        memory::allocated(elements.bytes());
+        Self(elements)
+    }
+}
+
+impl Clone for Storage {
+    fn clone(&self) -> Self {
+        Self::new(self.0.clone())
+    }
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        memory::freed(self.0.bytes());
+    }
+}
+
+/// Contiguous row-major tensor; the layout of activations is `[B, T, H, D]` everywhere.
+#[derive(Clone)]
+pub struct Tensor {
+    shape: Vec<usize>,
+    storage: Arc<Storage>,
+}
+
+impl Tensor {
+    /// Take `data` as a tensor of `shape`; panics when the sizes disagree.
+    #[track_caller]
+    pub fn from_vec(data: Vec<f32>, shape: impl Into<Vec<usize>>) -> Self {
+        let shape = shape.into();
+        assert_eq!(data.len(), shape.iter().product::<usize>(), "{} elements cannot have shape {shape:?}", data.len());
+        Self { shape, storage: Arc::new(Storage::new(Elements::F32(data))) }
+    }
+
+    /// The same for bf16 elements.
+    #[track_caller]
+    pub fn from_bf16_vec(data: Vec<bf16>, shape: impl Into<Vec<usize>>) -> Self {
+        let shape = shape.into();
+        assert_eq!(data.len(), shape.iter().product::<usize>(), "{} elements cannot have shape {shape:?}", data.len());
+        Self { shape, storage: Arc::new(Storage::new(Elements::Bf16(data))) }
+    }
+
+    /// f32 zeros.
+    pub fn zeros(shape: impl Into<Vec<usize>>) -> Self {
+        let shape = shape.into();
+        Self::from_vec(vec![0.0; shape.iter().product()], shape)
+    }
+
+    /// f32 copies of `value`.
+    pub fn full(value: f32, shape: impl Into<Vec<usize>>) -> Self {
+        let shape = shape.into();
+        Self::from_vec(vec![value; shape.iter().product()], shape)
+    }
+
+    /// A tensor with one element and no axes.
+    pub fn scalar(value: f32) -> Self {
+        Self::from_vec(vec![value], [])
+    }
+
+    /// Sizes of the axes.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The shape as an array; panics unless there are exactly `N` axes.
+    #[track_caller]
+    pub fn dims<const N: usize>(&self) -> [usize; N] {
+        self.shape.as_slice().try_into().unwrap_or_else(|_| panic!("expected {N} axes, found shape {:?}", self.shape))
+    }
+
+    /// Size of the last axis; 1 for a scalar.
+    pub fn last_dim(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// Number of rows when everything but the last axis is flattened.
+    pub fn n_rows(&self) -> usize {
+        self.len().checked_div(self.last_dim()).unwrap_or(0)
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Number format.
+    pub fn dtype(&self) -> DType {
+        match self.storage.0 {
+            Elements::F32(_) => DType::F32,
+            Elements::Bf16(_) => DType::Bf16,
+        }
+    }
+
+    /// Where the elements are.
+    pub fn device(&self) -> Device {
+        Device::Cpu
+    }
+
+    /// Bytes of the elements.
+    pub fn bytes(&self) -> usize {
+        self.storage.0.bytes()
+    }
+
+    /// Elements of an f32 tensor; panics for another format.
+    #[track_caller]
+    pub fn f32(&self) -> &[f32] {
+        match &self.storage.0 {
+            Elements::F32(v) => v,
+            Elements::Bf16(_) => panic!("expected an f32 tensor, found bf16 of shape {:?}", self.shape),
+        }
+    }
+
+    /// Elements of a bf16 tensor; panics for another format.
+    #[track_caller]
+    pub fn bf16(&self) -> &[bf16] {
+        match &self.storage.0 {
+            Elements::Bf16(v) => v,
+            Elements::F32(_) => panic!("expected a bf16 tensor, found f32 of shape {:?}", self.shape),
+        }
+    }
+
+    /// Elements of an f32 tensor for writing; copies the storage first if it is shared.
+    #[track_caller]
+    pub fn f32_mut(&mut self) -> &mut [f32] {
+        match &mut Arc::make_mut(&mut self.storage).0 {
+            Elements::F32(v) => v,
+            Elements::Bf16(_) => panic!("expected an f32 tensor, found bf16 of shape {:?}", self.shape),
+        }
+    }
+
+    /// The one element of an f32 tensor.
+    #[track_caller]
+    pub fn item(&self) -> f32 {
+        assert_eq!(self.len(), 1, "item() of a tensor of shape {:?}", self.shape);
+        self.f32()[0]
+    }
+
+    /// The same elements in another shape, sharing the storage; panics when the sizes disagree.
+    #[track_caller]
+    pub fn reshape(&self, shape: impl Into<Vec<usize>>) -> Self {
+        let shape = shape.into();
+        assert_eq!(self.len(), shape.iter().product::<usize>(), "reshape of {:?} to {shape:?}", self.shape);
+        Self { shape, storage: Arc::clone(&self.storage) }
+    }
+
+    /// A copy in the given format; shares the storage when it already has it.
+    pub fn to_dtype(&self, dtype: DType) -> Self {
+        match (&self.storage.0, dtype) {
+            (Elements::F32(_), DType::F32) | (Elements::Bf16(_), DType::Bf16) => self.clone(),
+            (Elements::F32(v), DType::Bf16) => Self::from_bf16_vec(v.iter().map(|&x| bf16::from_f32(x)).collect(), self.shape.clone()),
+            (Elements::Bf16(v), DType::F32) => Self::from_vec(v.iter().map(|x| x.to_f32()).collect(), self.shape.clone()),
+        }
+    }
+
+    /// Whether both tensors are the same piece of memory.
+    pub fn shares_storage_with(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.storage, &other.storage)
+    }
+}
+
+impl std::fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor({:?}, {:?})", self.dtype(), self.shape)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writing_to_a_shared_tensor_leaves_the_other_alone() {
+        let a = Tensor::from_vec(vec![1.0, 2.0], [2]);
+        let mut b = a.reshape([1, 2]);
+        assert!(a.shares_storage_with(&b));
+        b.f32_mut()[0] = 5.0;
+        assert_eq!((a.f32(), b.f32()), (&[1.0, 2.0][..], &[5.0, 2.0][..]));
+    }
+
+    #[test]
+    fn bf16_round_trip_keeps_eight_bits() {
+        let a = Tensor::from_vec(vec![1.0, -3.140625, 0.0], [3]);
+        assert_eq!(a.to_dtype(DType::Bf16).bytes(), 6);
+        assert_eq!(a.to_dtype(DType::Bf16).to_dtype(DType::F32).f32(), a.f32());
+    }
+
+    #[test]
+    #[should_panic(expected = "reshape of [2, 3] to [4]")]
+    fn reshape_refuses_another_size() {
+        let _ = Tensor::zeros([2, 3]).reshape([4]);
+    }
+}

@@ -1,0 +1,1 @@
+//! Losses, distillation stages, optimizer schedule, trainer, resume.
