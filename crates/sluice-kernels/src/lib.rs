@@ -1,1 +1,4 @@
-//! One folder per op: forward and backward as plain functions on tensors.
+//! One folder per op: forward and backward as plain functions on tensors, each with a naive twin.
+//! Knows nothing about configs, policies, models or tapes.
+
+pub mod routed_attention;

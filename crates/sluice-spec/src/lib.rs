@@ -4,6 +4,8 @@
 pub mod model;
 pub mod routing;
 pub mod tensor_names;
+pub mod tokenizer;
 
 pub use model::{Architecture, ConfigError, ModelConfig, RopeScaling};
 pub use routing::{GateHeads, RoutingConfig};
+pub use tokenizer::{GgufTokenizer, TextConfig, TokenizerSource};
