@@ -1,1 +1,17 @@
-//! Gate, router policies, decoder, bounded cache, cost model; checkpoint import and export.
+//! One decoder for the llama, qwen2 and qwen3 families, dense or routed: gate, policies, layers, the
+//! bounded cache and the cost model; checkpoints in and out.
+//! Single-device and stateless: knows nothing about device counts, optimizers or HTTP.
+
+pub mod decoder;
+pub mod layer;
+pub mod policy;
+
+pub mod cache;
+pub mod checkpoint;
+pub mod cost;
+mod rope_frequencies;
+
+pub use cache::Cache;
+pub use decoder::{Decoder, Forward, Hidden};
+pub use layer::{Attention, Gate, Layer, Linear, Mlp};
+pub use policy::{AttentionPlan, GateNoise, Policy};

@@ -187,6 +187,18 @@ impl Tensor {
         }
     }
 
+    /// The elements of an f32 tensor as a vector, without a copy when nobody else looks at them.
+    #[track_caller]
+    pub fn into_vec(mut self) -> Vec<f32> {
+        self.f32_mut();
+        let mut storage = Arc::into_inner(self.storage).expect("f32_mut made the storage unique");
+        memory::freed(storage.0.bytes());
+        match std::mem::replace(&mut storage.0, Elements::F32(Vec::new())) {
+            Elements::F32(v) => v,
+            Elements::Bf16(_) => unreachable!("checked by f32_mut"),
+        }
+    }
+
     /// The one element of an f32 tensor.
     #[track_caller]
     pub fn item(&self) -> f32 {

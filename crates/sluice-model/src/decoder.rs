@@ -1,0 +1,327 @@
+//! The decoder: embedding, layers, final norm and output head. Its parts are chosen by the config, so one
+//! file serves llama, qwen2 and qwen3.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use sluice_autograd::{Param, Tape, Var};
+use sluice_spec::{GateHeads, ModelConfig, RoutingConfig, tensor_names as names};
+use sluice_tensor::Tensor;
+
+use crate::cache::Cache;
+use crate::checkpoint::{Checkpoint, CheckpointError, GateTensors, Gates};
+use crate::layer::{Attention, Gate, Layer, LayerOutput, LayerShape, Linear, Mlp};
+use crate::policy::{AttentionPlan, mix, uniform};
+use crate::rope_frequencies::inverse_frequencies;
+
+/// A decoder with its weights. Layers are shared so that checkpointed segments can hold on to them.
+#[derive(Clone)]
+pub struct Decoder {
+    /// Sizes.
+    pub config: ModelConfig,
+    /// `[V, M]`.
+    pub embed: Param,
+    /// The layers, first to last.
+    pub layers: Vec<Arc<Layer>>,
+    /// `[M]`.
+    pub final_norm: Param,
+    /// `[V, M]`; absent when the embeddings are tied.
+    pub lm_head: Option<Param>,
+}
+
+/// Options of a forward pass over whole sequences.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Forward {
+    /// Keep only the residual stream between layers and recompute the rest in backward.
+    pub checkpoint: bool,
+    /// Return the attention blocks' outputs and the gate scores of every layer.
+    pub keep_layers: bool,
+}
+
+/// Result of a forward pass.
+pub struct Hidden {
+    /// Final hidden states after the last norm, `[B, T, M]`.
+    pub h: Var,
+    /// Per layer: the attention block's output and the gate scores (see [`Forward::keep_layers`]).
+    pub layers: Vec<KeptLayer>,
+}
+
+/// What [`Forward::keep_layers`] keeps of a layer.
+pub struct KeptLayer {
+    /// Output of the attention block, `[B, T, M]`.
+    pub block: Var,
+    /// Gate scores `[B, T, G]`.
+    pub scores: Option<Var>,
+}
+
+impl Decoder {
+    /// Build from a loaded checkpoint; every tensor must be there with its shape, and none may be left over.
+    pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
+        let config = checkpoint.config.clone();
+        let mut weights = Weights { checkpoint, used: 0 };
+        let mut model = Self::assemble(&config, |name, shape| weights.take(name, shape))?;
+        weights.finish()?;
+        if let Some(gates) = &checkpoint.gates {
+            model.set_gates(gates);
+        }
+        Ok(model)
+    }
+
+    /// Random weights for training from scratch: normal with std 0.02, output projections scaled down by
+    /// `1 / sqrt(2 L)` (GPT-2), norms at one.
+    pub fn random(config: &ModelConfig, seed: u64) -> Self {
+        let residual_scale = 1.0 / (2.0 * config.n_layers as f32).sqrt();
+        let mut index = 0u64;
+        let built: Result<Self, std::convert::Infallible> = Self::assemble(config, |name, shape| {
+            index += 1;
+            let n = shape.iter().product();
+            if name.ends_with("norm.weight") {
+                return Ok(Tensor::full(1.0, shape));
+            }
+            if name.ends_with("bias") {
+                return Ok(Tensor::zeros(shape));
+            }
+            let residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+            let std = 0.02 * if residual { residual_scale } else { 1.0 };
+            Ok(Tensor::from_vec((0..n).map(|i| std * normal(mix(seed, index), i as u64)).collect(), shape))
+        });
+        match built {
+            Ok(model) => model,
+            Err(never) => match never {},
+        }
+    }
+
+    fn assemble<E>(config: &ModelConfig, mut take: impl FnMut(&str, Vec<usize>) -> Result<Tensor, E>) -> Result<Self, E> {
+        let (m, f, v, d) = (config.d_model, config.d_ff, config.vocab_size, config.head_dim);
+        let (q, kv) = (config.n_heads * d, config.n_kv_heads * d);
+        let shape = LayerShape {
+            n_heads: config.n_heads,
+            n_kv_heads: config.n_kv_heads,
+            head_dim: d,
+            norm_eps: config.norm_eps,
+            inv_freq: inverse_frequencies(config),
+        };
+        let mut param = |name: String, shape: Vec<usize>| -> Result<Param, E> {
+            let value = take(&name, shape)?;
+            Ok(Param { name, value, trainable: false })
+        };
+        let embed = param(names::EMBED.into(), vec![v, m])?;
+        let mut layers = Vec::with_capacity(config.n_layers);
+        for i in 0..config.n_layers {
+            let mut of = |part: &str, shape: Vec<usize>| param(names::of_layer(i, part), shape);
+            let mut projection = |name: &str, n: usize, k: usize, bias: bool| -> Result<Linear, E> {
+                let weight = of(&format!("{name}.weight"), vec![n, k])?;
+                let bias = if bias { Some(of(&format!("{name}.bias"), vec![n])?) } else { None };
+                Ok(Linear { weight, bias })
+            };
+            let q_proj = projection("self_attn.q_proj", q, m, config.qkv_bias)?;
+            let k_proj = projection("self_attn.k_proj", kv, m, config.qkv_bias)?;
+            let v_proj = projection("self_attn.v_proj", kv, m, config.qkv_bias)?;
+            let o_proj = projection("self_attn.o_proj", m, q, false)?;
+            let gate_proj = projection("mlp.gate_proj", f, m, false)?;
+            let up_proj = projection("mlp.up_proj", f, m, false)?;
+            let down_proj = projection("mlp.down_proj", m, f, false)?;
+            let q_norm = if config.qk_norm { Some(of("self_attn.q_norm.weight", vec![d])?) } else { None };
+            let k_norm = if config.qk_norm { Some(of("self_attn.k_norm.weight", vec![d])?) } else { None };
+            layers.push(Arc::new(Layer {
+                shape: shape.clone(),
+                input_norm: of("input_layernorm.weight", vec![m])?,
+                attention: Attention { q_proj, k_proj, v_proj, o_proj, q_norm, k_norm },
+                post_norm: of("post_attention_layernorm.weight", vec![m])?,
+                mlp: Mlp { gate_proj, up_proj, down_proj },
+                gate: None,
+            }));
+        }
+        let final_norm = param(names::FINAL_NORM.into(), vec![m])?;
+        let lm_head = if config.tie_embeddings { None } else { Some(param(names::LM_HEAD.into(), vec![v, m])?) };
+        Ok(Self { config: config.clone(), embed, layers, final_norm, lm_head })
+    }
+
+    /// Gates that keep the most recent keys: zero weights and slope, which is exactly StreamingLLM.
+    pub fn add_gates(&mut self, gate_heads: GateHeads) {
+        let heads = match gate_heads {
+            GateHeads::KvHead => self.config.n_kv_heads,
+            GateHeads::Shared => 1,
+        };
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            let param = |name, shape: Vec<usize>| Param { name, value: Tensor::zeros(shape), trainable: false };
+            Arc::make_mut(layer).gate = Some(Gate {
+                weight: param(names::gate_weight(i), vec![heads, self.config.d_model]),
+                bias: param(names::gate_bias(i), vec![heads]),
+                recency: param(names::gate_recency(i), vec![heads]),
+            });
+        }
+    }
+
+    /// Install loaded gates; their shapes were checked against this base model when they were read.
+    pub fn set_gates(&mut self, gates: &Gates) {
+        for (i, (layer, tensors)) in self.layers.iter_mut().zip(&gates.layers).enumerate() {
+            let param = |name, value: &Tensor| Param { name, value: value.clone(), trainable: false };
+            Arc::make_mut(layer).gate = Some(Gate {
+                weight: param(names::gate_weight(i), &tensors.weight),
+                bias: param(names::gate_bias(i), &tensors.bias),
+                recency: param(names::gate_recency(i), &tensors.recency),
+            });
+        }
+    }
+
+    /// The gates as plain tensors for a gate file; none unless every layer has one.
+    pub fn gates(&self, routing: RoutingConfig, note: impl Into<String>) -> Option<Gates> {
+        let layers = self.layers.iter().map(|layer| {
+            let gate = layer.gate.as_ref()?;
+            Some(GateTensors {
+                weight: gate.weight.value.clone(),
+                bias: gate.bias.value.clone(),
+                recency: gate.recency.value.clone(),
+            })
+        });
+        Some(Gates { routing, layers: layers.collect::<Option<_>>()?, note: note.into() })
+    }
+
+    /// Whether every layer has a gate.
+    pub fn has_gates(&self) -> bool {
+        self.layers.iter().all(|layer| layer.gate.is_some())
+    }
+
+    /// Weights of the output head `[V, M]`.
+    pub fn head(&self) -> &Param {
+        self.lm_head.as_ref().unwrap_or(&self.embed)
+    }
+
+    /// Embeddings `[B, T, M]` of `tokens [B T]`.
+    pub fn embed(&self, tape: &Tape, tokens: &[u32], batch: usize) -> Var {
+        let h = tape.embedding(tokens, &tape.param(&self.embed)); // [B T, M]
+        tape.reshape(&h, [batch, tokens.len() / batch, self.config.d_model])
+    }
+
+    /// Final hidden states of whole sequences from position 0; `lens [B]` valid tokens each.
+    pub fn forward(&self, tape: &Tape, tokens: &[u32], lens: &[usize], plan: &AttentionPlan, options: Forward) -> Hidden {
+        let h = self.embed(tape, tokens, lens.len());
+        self.forward_embedded(tape, h, lens, plan, options)
+    }
+
+    /// The same from embeddings `[B, T, M]`, which adversarial training perturbs.
+    pub fn forward_embedded(&self, tape: &Tape, embedded: Var, lens: &[usize], plan: &AttentionPlan, options: Forward) -> Hidden {
+        let mut h = embedded; // [B, T, M]
+        let mut kept = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let LayerOutput { h: next, block, scores } = if options.checkpoint {
+                checkpointed_layer(tape, layer, &h, lens, index, plan)
+            } else {
+                layer.forward(tape, &h, lens, index, plan)
+            };
+            h = next;
+            if options.keep_layers {
+                kept.push(KeptLayer { block, scores });
+            }
+        }
+        let h = tape.rms_norm(&h, Some(&tape.param(&self.final_norm)), self.config.norm_eps);
+        Hidden { h, layers: kept }
+    }
+
+    /// Continue one sequence by `tokens [T]` (a prompt chunk or a single token) with its cache.
+    /// Returns the final hidden states `[1, T, M]`.
+    pub fn forward_cached(&self, tokens: &[u32], cache: &mut Cache) -> Tensor {
+        let tape = Tape::frozen();
+        let mut h = self.embed(&tape, tokens, 1); // [1, T, M]
+        let start = cache.position();
+        let positions: Vec<u32> = (start as u32..(start + tokens.len()) as u32).collect();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let p = layer.project(&tape, &h, &positions);
+            let o = cache.attend(&tape, layer, index, &p, &positions); // [1, T, H, D]
+            let block = layer.block_output(&tape, &tape.constant(o));
+            h = layer.finish(&tape, &h, &block);
+        }
+        cache.advance(tokens.len());
+        tape.rms_norm(&h, Some(&tape.param(&self.final_norm)), self.config.norm_eps).value().clone()
+    }
+
+    /// Logits `[n, V]` of hidden states `[n, M]`; for few rows, losses are fused with the projection.
+    pub fn logits(&self, h: &Tensor) -> Tensor {
+        sluice_kernels::output_head::logits(h, &self.head().value)
+    }
+
+    /// Every parameter.
+    pub fn params(&self) -> Vec<&Param> {
+        let mut params = vec![&self.embed];
+        params.extend(self.layers.iter().flat_map(|layer| layer.params()));
+        params.push(&self.final_norm);
+        params.extend(&self.lm_head);
+        params
+    }
+
+    /// Every parameter for writing, in the same order.
+    pub fn params_mut(&mut self) -> Vec<&mut Param> {
+        let mut params = vec![&mut self.embed];
+        params.extend(self.layers.iter_mut().flat_map(|layer| Arc::make_mut(layer).params_mut()));
+        params.push(&mut self.final_norm);
+        params.extend(&mut self.lm_head);
+        params
+    }
+
+    /// Choose by name which parameters learn.
+    pub fn set_trainable(&mut self, learns: impl Fn(&str) -> bool) {
+        for param in self.params_mut() {
+            param.trainable = learns(&param.name);
+        }
+    }
+
+    /// Base weights by their Hugging Face names, gates left out.
+    pub fn base_tensors(&self) -> BTreeMap<String, Tensor> {
+        self.params().into_iter().filter(|p| !is_gate(&p.name)).map(|p| (p.name.clone(), p.value.clone())).collect()
+    }
+}
+
+/// Whether a parameter name belongs to a gate.
+pub fn is_gate(name: &str) -> bool {
+    name.starts_with("sluice.")
+}
+
+fn checkpointed_layer(tape: &Tape, layer: &Arc<Layer>, h: &Var, lens: &[usize], index: usize, plan: &AttentionPlan) -> LayerOutput {
+    let (layer, lens, plan) = (Arc::clone(layer), lens.to_vec(), *plan);
+    let outputs = tape.checkpoint(&[h], move |tape, inputs| {
+        let out = layer.forward(tape, &inputs[0], &lens, index, &plan);
+        let mut outputs = vec![out.h, out.block];
+        outputs.extend(out.scores);
+        outputs
+    });
+    let mut outputs = outputs.into_iter();
+    let (h, block) = (outputs.next().expect("residual stream"), outputs.next().expect("block output"));
+    LayerOutput { h, block, scores: outputs.next() }
+}
+
+/// Hands out a checkpoint's tensors and notices what is missing, misshapen or left over.
+struct Weights<'a> {
+    checkpoint: &'a Checkpoint,
+    used: usize,
+}
+
+impl Weights<'_> {
+    fn take(&mut self, name: &str, shape: Vec<usize>) -> Result<Tensor, CheckpointError> {
+        let path = &self.checkpoint.path;
+        let tensor = self.checkpoint.tensors.get(name).ok_or_else(|| CheckpointError::missing_tensor(path, name, &shape))?;
+        if tensor.shape() != shape {
+            return Err(CheckpointError::wrong_shape(path, name, tensor.shape(), &shape));
+        }
+        self.used += 1;
+        Ok(tensor.to_dtype(sluice_tensor::DType::F32))
+    }
+
+    fn finish(self) -> Result<(), CheckpointError> {
+        if self.used == self.checkpoint.tensors.len() {
+            return Ok(());
+        }
+        let config = &self.checkpoint.config;
+        let known: Result<Decoder, CheckpointError> = Decoder::assemble(config, |_, _| Ok(Tensor::zeros([0])));
+        let known: Vec<String> = known?.params().into_iter().map(|p| p.name.clone()).collect();
+        let extra = self.checkpoint.tensors.keys().find(|name| !known.contains(name));
+        Err(CheckpointError::unexpected_tensor(&self.checkpoint.path, extra.map_or("", String::as_str)))
+    }
+}
+
+fn normal(seed: u64, i: u64) -> f32 {
+    let bits = mix(seed, i);
+    let u = 1.0 - uniform(bits);
+    let angle = std::f32::consts::TAU * uniform(mix(bits, 1));
+    (-2.0 * u.ln()).sqrt() * angle.cos()
+}
