@@ -2,3 +2,5 @@
 //! Knows nothing about configs, policies, models or tapes.
 
 pub mod routed_attention;
+pub mod gate_score;
+pub mod top_k_routing;

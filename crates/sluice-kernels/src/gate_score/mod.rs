@@ -1,0 +1,51 @@
+//! The gate: hidden state to score, one per KV head (or one per layer).
+//!
+//! `s_j = a . rmsnorm(x_j) + b + c pos_j / 1024` with a norm that has no weights:
+//! `rmsnorm(x) = x / sqrt(mean(x^2) + eps)`. Always f32: bf16 scores tie so often that prefill and decode would
+//! keep different keys. The sums of a row run in one fixed order on every CPU, whatever the other rows
+//! are, so a token has the same score, bit for bit, in a prefill, in a decode step and on another machine.
+
+mod cpu;
+
+#[cfg(test)]
+mod naive;
+#[cfg(test)]
+mod tests;
+
+use sluice_tensor::Tensor;
+
+/// Positions per unit of the recency slope.
+pub const RECENCY_UNIT: f32 = 1024.0;
+
+/// Scores `[B, T, Gs]` of `x [B, T, M]` for `weight [Gs, M]`, `bias [Gs]`, `recency [Gs]`; `positions` has one
+/// entry per row of a sequence.
+#[track_caller]
+pub fn fwd(x: &Tensor, weight: &Tensor, bias: &Tensor, recency: &Tensor, positions: &[u32], eps: f32) -> Tensor {
+    let [b, t, gs] = check("gate_score::fwd", x, weight, positions);
+    assert_eq!((bias.shape(), recency.shape()), (&[gs][..], &[gs][..]), "gate_score::fwd: bias and recency of {gs} heads");
+    Tensor::from_vec(cpu::fwd(x.f32(), weight.f32(), bias.f32(), recency.f32(), positions, eps), [b, t, gs])
+}
+
+/// Gradients for `dscores [B, T, Gs]`: `(dweight [Gs, M], dbias [Gs], drecency [Gs], dx [B, T, M] if wanted)`.
+#[track_caller]
+pub fn bwd(
+    dscores: &Tensor,
+    x: &Tensor,
+    weight: &Tensor,
+    positions: &[u32],
+    eps: f32,
+    want_dx: bool,
+) -> (Tensor, Tensor, Tensor, Option<Tensor>) {
+    let [b, t, gs] = check("gate_score::bwd", x, weight, positions);
+    assert_eq!(dscores.shape(), [b, t, gs], "gate_score::bwd: dscores");
+    cpu::bwd(dscores, x, weight, positions, eps, want_dx)
+}
+
+#[track_caller]
+fn check(op: &str, x: &Tensor, weight: &Tensor, positions: &[u32]) -> [usize; 3] {
+    let [b, t, m] = x.dims();
+    let [gs, m_weight] = weight.dims();
+    assert_eq!(m, m_weight, "{op}: x {:?} with weight {:?}", x.shape(), weight.shape());
+    assert_eq!(t, positions.len(), "{op}: x {:?} with {} positions", x.shape(), positions.len());
+    [b, t, gs]
+}
