@@ -4,3 +4,15 @@
 pub mod routed_attention;
 pub mod gate_score;
 pub mod top_k_routing;
+pub mod adamw;
+pub mod add;
+pub mod embedding;
+pub mod gelu;
+pub mod layer_norm;
+pub mod linear;
+pub mod output_head;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
+mod row_chunks;
+mod vector_math;

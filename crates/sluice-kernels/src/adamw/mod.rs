@@ -1,0 +1,122 @@
+//! AdamW (Loshchilov and Hutter) with decoupled decay, step by step as `torch.optim.AdamW` does it,
+//! and the two things a trainer does to gradients before.
+
+pub mod naive;
+#[cfg(test)]
+mod tests;
+
+use rayon::prelude::*;
+use sluice_tensor::Tensor;
+
+use crate::row_chunks::{CHUNK, for_each_chunk};
+use crate::vector_math::{self, vectorised};
+
+/// Settings of one step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate.
+    pub lr: f32,
+    /// Decay of the mean gradient.
+    pub beta1: f32,
+    /// Decay of the mean squared gradient.
+    pub beta2: f32,
+    /// Added to the root of the mean squared gradient.
+    pub eps: f32,
+    /// The parameter shrinks by `lr * weight_decay` a step.
+    pub weight_decay: f32,
+    /// Number of this step, from 1.
+    pub step: u64,
+}
+
+/// Update `param` and the running means `m` and `v` of the gradient and its square.
+#[track_caller]
+pub fn step(param: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, adamw: AdamW) {
+    assert!(
+        param.shape() == grad.shape() && m.shape() == grad.shape() && v.shape() == grad.shape(),
+        "adamw step of param {:?}, grad {:?}, m {:?}, v {:?}",
+        param.shape(),
+        grad.shape(),
+        m.shape(),
+        v.shape()
+    );
+    assert!(adamw.step > 0, "adamw counts its steps from 1");
+    let factors = Factors::new(&adamw);
+    let work = |p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]| update(p, g, m, v, factors);
+    let (p, g, m, v) = (param.f32_mut(), grad.f32(), m.f32_mut(), v.f32_mut());
+    if p.len() <= CHUNK {
+        return work(p, g, m, v);
+    }
+    p.par_chunks_mut(CHUNK)
+        .zip(g.par_chunks(CHUNK))
+        .zip(m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)))
+        .for_each(|((p, g), (m, v))| work(p, g, m, v));
+}
+
+/// Euclidean norm of all gradients together.
+pub fn global_norm(grads: &[&Tensor]) -> f64 {
+    let chunk_sums = |g: &&Tensor| -> Vec<f64> { g.f32().par_chunks(CHUNK).map(sum_of_squares).collect() };
+    grads.iter().map(|g| chunk_sums(g).iter().sum::<f64>()).sum::<f64>().sqrt()
+}
+
+/// `t *= f`.
+pub fn scale_in_place(t: &mut Tensor, f: f32) {
+    for_each_chunk(t.f32_mut(), CHUNK, |_, chunk| vector_math::scale(chunk, f));
+}
+
+/// What every element of a step has in common, computed once in f64.
+#[derive(Clone, Copy)]
+struct Factors {
+    keep: f32,
+    beta2: f32,
+    one_minus_beta1: f32,
+    one_minus_beta2: f32,
+    step_size: f32,
+    inv_sqrt_correction2: f32,
+    eps: f32,
+}
+
+impl Factors {
+    fn new(a: &AdamW) -> Self {
+        // f32 powers of 0.999 would be off by a per cent after 10^5 steps.
+        let correction = |beta: f32| 1.0 - (beta as f64).powf(a.step as f64);
+        Self {
+            keep: (1.0 - a.lr as f64 * a.weight_decay as f64) as f32,
+            beta2: a.beta2,
+            one_minus_beta1: (1.0 - a.beta1 as f64) as f32,
+            one_minus_beta2: (1.0 - a.beta2 as f64) as f32,
+            step_size: (a.lr as f64 / correction(a.beta1)) as f32,
+            inv_sqrt_correction2: (1.0 / correction(a.beta2).sqrt()) as f32,
+            eps: a.eps,
+        }
+    }
+}
+
+vectorised! {
+    fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: Factors) {
+        let n = p.len();
+        let (g, m, v) = (&g[..n], &mut m[..n], &mut v[..n]);
+        for i in 0..n {
+            m[i] = (g[i] - m[i]).mul_add(f.one_minus_beta1, m[i]);
+            v[i] = (f.one_minus_beta2 * g[i]).mul_add(g[i], f.beta2 * v[i]);
+            let denominator = v[i].sqrt().mul_add(f.inv_sqrt_correction2, f.eps);
+            p[i] = p[i].mul_add(f.keep, -f.step_size * (m[i] / denominator));
+        }
+    }
+}
+
+vectorised! {
+    /// In f64: squares of f32 gradients overflow and vanish early.
+    fn sum_of_squares(xs: &[f32]) -> f64 {
+        let mut acc = [0.0f64; 16];
+        let (chunks, rest) = xs.as_chunks::<16>();
+        for x in chunks {
+            for i in 0..16 {
+                acc[i] += x[i] as f64 * x[i] as f64;
+            }
+        }
+        for (a, &x) in acc.iter_mut().zip(rest) {
+            *a += x as f64 * x as f64;
+        }
+        acc.iter().sum()
+    }
+}

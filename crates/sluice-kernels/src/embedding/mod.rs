@@ -1,0 +1,60 @@
+//! Embedding: row `tokens[i]` of `table [V, M]`; the gradient adds row `i` of `dy` to row `tokens[i]`.
+
+pub mod naive;
+#[cfg(test)]
+mod tests;
+
+use half::slice::HalfFloatSliceExt;
+use sluice_tensor::{DType, Tensor};
+
+use crate::row_chunks::{for_each_chunk, rows_per_chunk};
+use crate::vector_math;
+
+/// `[n, M]`, always f32; `table` may be bf16.
+#[track_caller]
+pub fn fwd(tokens: &[u32], table: &Tensor) -> Tensor {
+    let [vocab, m] = table.dims();
+    check_tokens(tokens, vocab);
+    let mut y = vec![0.0; tokens.len() * m];
+    let rows = rows_per_chunk(m);
+    for_each_chunk(&mut y, rows * m.max(1), |chunk, y| {
+        for (row, &token) in y.chunks_exact_mut(m).zip(&tokens[chunk * rows..]) {
+            let range = token as usize * m..(token as usize + 1) * m;
+            match table.dtype() {
+                DType::F32 => row.copy_from_slice(&table.f32()[range]),
+                DType::Bf16 => table.bf16()[range].convert_to_f32_slice(row),
+            }
+        }
+    });
+    Tensor::from_vec(y, [tokens.len(), m])
+}
+
+/// `[V, M]` of the gradient, zero for tokens that do not occur.
+#[track_caller]
+pub fn bwd(dy: &Tensor, tokens: &[u32], vocab: usize) -> Tensor {
+    let [n, m] = dy.dims();
+    assert_eq!(n, tokens.len(), "backward of embedding with dy {:?} and {} tokens", dy.shape(), tokens.len());
+    check_tokens(tokens, vocab);
+    // A stable sort: the rows of one token are added in the order of the text, whatever the threads do.
+    let mut by_token: Vec<usize> = (0..n).collect();
+    by_token.sort_by_key(|&i| tokens[i]);
+    let dy = dy.f32();
+    let mut dtable = vec![0.0; vocab * m];
+    let rows = rows_per_chunk(m);
+    for_each_chunk(&mut dtable, rows * m.max(1), |chunk, dtable| {
+        let first = chunk * rows;
+        let begin = by_token.partition_point(|&i| (tokens[i] as usize) < first);
+        for &i in by_token[begin..].iter().take_while(|&&i| (tokens[i] as usize) < first + rows) {
+            let at = (tokens[i] as usize - first) * m;
+            vector_math::add_assign(&mut dtable[at..at + m], &dy[i * m..(i + 1) * m]);
+        }
+    });
+    Tensor::from_vec(dtable, [vocab, m])
+}
+
+#[track_caller]
+fn check_tokens(tokens: &[u32], vocab: usize) {
+    if let Some(i) = tokens.iter().position(|&token| token as usize >= vocab) {
+        panic!("embedding: token {} at {i} is outside a vocabulary of {vocab}", tokens[i]);
+    }
+}

@@ -1,0 +1,53 @@
+//! Exact GELU: `x Phi(x)` with `Phi(x) = (1 + erf(x / sqrt 2)) / 2`, elementwise.
+
+pub mod naive;
+#[cfg(test)]
+mod tests;
+
+use std::f32::consts::FRAC_1_SQRT_2;
+
+use sluice_tensor::Tensor;
+
+use crate::row_chunks::{CHUNK, for_each_chunk};
+use crate::vector_math::{erf, exp, vectorised};
+
+/// `gelu(x)`.
+pub fn fwd(x: &Tensor) -> Tensor {
+    let xs = x.f32();
+    let mut y = vec![0.0; xs.len()];
+    for_each_chunk(&mut y, CHUNK, |i, y| fwd_slice(&xs[i * CHUNK..i * CHUNK + y.len()], y));
+    Tensor::from_vec(y, x.shape())
+}
+
+/// `dx = dy gelu'(x)`.
+#[track_caller]
+pub fn bwd(dy: &Tensor, x: &Tensor) -> Tensor {
+    assert_eq!(dy.shape(), x.shape(), "backward of gelu with dy {:?} and x {:?}", dy.shape(), x.shape());
+    let (d, xs) = (dy.f32(), x.f32());
+    let mut dx = vec![0.0; xs.len()];
+    for_each_chunk(&mut dx, CHUNK, |i, dx| {
+        let range = i * CHUNK..i * CHUNK + dx.len();
+        bwd_slice(&d[range.clone()], &xs[range], dx);
+    });
+    Tensor::from_vec(dx, x.shape())
+}
+
+vectorised! {
+    fn fwd_slice(x: &[f32], y: &mut [f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = 0.5 * x * (1.0 + erf(x * FRAC_1_SQRT_2));
+        }
+    }
+}
+
+vectorised! {
+    fn bwd_slice(dy: &[f32], x: &[f32], dx: &mut [f32]) {
+        /// `1 / sqrt(2 pi)`, the density of the standard normal at 0.
+        const DENSITY_0: f32 = 0.398_942_3;
+        for (dx, (d, x)) in dx.iter_mut().zip(dy.iter().zip(x)) {
+            let cdf = 0.5 * (1.0 + erf(x * FRAC_1_SQRT_2));
+            let density = DENSITY_0 * exp(-0.5 * x * x);
+            *dx = d * x.mul_add(density, cdf);
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Linear layer: `y = x w^T + bias`, `x [.., K]`, `w [N, K]`, `bias [N]`, `y [.., N]`.
+//! `w` may be stored as bf16: rows are widened a block at a time, never the whole matrix.
+
+mod cpu;
+pub mod naive;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use cpu::{accumulate_weight_gradient, project, project_back};
+use sluice_tensor::Tensor;
+
+use crate::row_chunks::{for_each_chunk, rows_per_chunk, sum_over_rows};
+use crate::vector_math;
+
+/// `x w^T + bias`, `[.., N]`.
+#[track_caller]
+pub fn fwd(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let [n_out, n_in] = w.dims();
+    assert_eq!(x.last_dim(), n_in, "linear of x {:?} and w {:?}", x.shape(), w.shape());
+    let n_rows = rows(x);
+    let mut y = vec![0.0; n_rows * n_out];
+    project(x.f32(), n_rows, w, &mut y);
+    if let Some(bias) = bias {
+        assert_eq!(bias.shape(), [n_out], "bias of a linear layer with w {:?}", w.shape());
+        if n_out > 0 {
+            for_each_chunk(&mut y, rows_per_chunk(n_out) * n_out, |_, chunk| {
+                chunk.chunks_exact_mut(n_out).for_each(|row| vector_math::add_assign(row, bias.f32()));
+            });
+        }
+    }
+    Tensor::from_vec(y, with_last_dim(x, n_out))
+}
+
+/// Gradient of the input: `dy w`, `[.., K]`.
+#[track_caller]
+pub fn bwd_input(dy: &Tensor, w: &Tensor) -> Tensor {
+    let [n_out, n_in] = w.dims();
+    assert_eq!(dy.last_dim(), n_out, "backward of linear with dy {:?} and w {:?}", dy.shape(), w.shape());
+    let n_rows = rows(dy);
+    let mut dx = vec![0.0; n_rows * n_in];
+    project_back(dy.f32(), n_rows, w, &mut dx);
+    Tensor::from_vec(dx, with_last_dim(dy, n_in))
+}
+
+/// Gradient of the weight: `dy^T x`, `[N, K]`.
+#[track_caller]
+pub fn bwd_weight(dy: &Tensor, x: &Tensor) -> Tensor {
+    let (n_out, n_in, n_rows) = (dy.last_dim(), x.last_dim(), rows(dy));
+    assert_eq!(n_rows, rows(x), "backward of linear with dy {:?} and x {:?}", dy.shape(), x.shape());
+    let mut dw = vec![0.0; n_out * n_in];
+    accumulate_weight_gradient(dy.f32(), x.f32(), n_rows, &mut dw, n_out, n_in);
+    Tensor::from_vec(dw, [n_out, n_in])
+}
+
+/// Gradient of the bias: the sum of `dy` over its rows, `[N]`.
+pub fn bwd_bias(dy: &Tensor) -> Tensor {
+    let n = dy.last_dim();
+    let dy_rows = dy.f32();
+    let db = sum_over_rows(rows(dy), rows_per_chunk(n).max(64), n, |range, partial| {
+        for i in range {
+            vector_math::add_assign(partial, &dy_rows[i * n..(i + 1) * n]);
+        }
+    });
+    Tensor::from_vec(db, [n])
+}
+
+/// Rows of `[.., K]`, also when `K` is 0.
+fn rows(x: &Tensor) -> usize {
+    x.shape().iter().rev().skip(1).product()
+}
+
+fn with_last_dim(x: &Tensor, n: usize) -> Vec<usize> {
+    let mut shape = x.shape().to_vec();
+    *shape.last_mut().expect("linear needs at least one axis") = n;
+    shape
+}

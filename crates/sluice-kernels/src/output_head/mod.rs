@@ -1,0 +1,120 @@
+//! Losses fused with the projection onto the vocabulary: `z = h w^T`, `h [n, M]`, `w [V, M]`, `z [n, V]`.
+//!
+//! Logits exist for one chunk of rows at a time (at most 32 MiB a side) and are turned into their own gradient
+//! in place. `weights[i]` multiplies the loss of row `i`; gradients are of `sum_i weights[i] loss_i`, so the
+//! caller normalises. Rows of weight 0 cost nothing and report 0.
+
+mod cross_entropy;
+mod distill;
+pub mod naive;
+#[cfg(test)]
+mod tests;
+
+use std::borrow::Cow;
+
+pub use cross_entropy::{CrossEntropy, cross_entropy};
+pub use distill::{Distill, DistillTerms, distill};
+use sluice_tensor::Tensor;
+
+use crate::linear::{self, accumulate_weight_gradient, project_back};
+
+/// Which gradients to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Of `h`.
+    pub input: bool,
+    /// Of `w`.
+    pub weight: bool,
+}
+
+impl Wanted {
+    /// None: only the loss.
+    pub const NOTHING: Self = Self { input: false, weight: false };
+
+    fn any(self) -> bool {
+        self.input || self.weight
+    }
+}
+
+/// Plain logits `[n, V]`, for the few rows of a decoding step.
+#[track_caller]
+pub fn logits(h: &Tensor, w: &Tensor) -> Tensor {
+    linear::fwd(h, w, None)
+}
+
+/// Bytes of logits held at a time.
+const CHUNK_BYTES: usize = 32 << 20;
+
+fn rows_per_chunk(vocab: usize) -> usize {
+    (CHUNK_BYTES / 4 / vocab.max(1)).max(1)
+}
+
+/// Rows whose loss counts.
+fn weighted_rows(weights: &[f32]) -> Vec<usize> {
+    (0..weights.len()).filter(|&i| weights[i] != 0.0).collect()
+}
+
+/// The given ascending rows of `x [n, M]`, without a copy when they are neighbours.
+fn gather<'a>(x: &'a [f32], m: usize, rows: &[usize]) -> Cow<'a, [f32]> {
+    match neighbours(rows) {
+        Some(first) => Cow::Borrowed(&x[first * m..(first + rows.len()) * m]),
+        None => Cow::Owned(rows.iter().flat_map(|&i| &x[i * m..(i + 1) * m]).copied().collect()),
+    }
+}
+
+/// The first of ascending rows if there is no gap between them.
+fn neighbours(rows: &[usize]) -> Option<usize> {
+    let (first, last) = (*rows.first()?, *rows.last()?);
+    (last - first + 1 == rows.len()).then_some(first)
+}
+
+/// `dh [n, M]` and `dw [V, M]` as they grow chunk by chunk.
+struct Gradients {
+    dh: Option<Vec<f32>>,
+    dw: Option<Vec<f32>>,
+}
+
+impl Gradients {
+    fn new(h: &Tensor, w: &Tensor, wanted: Wanted) -> Self {
+        Self { dh: wanted.input.then(|| vec![0.0; h.len()]), dw: wanted.weight.then(|| vec![0.0; w.len()]) }
+    }
+
+    /// Take in the gradient of the logits of `rows`, whose inputs are `h_rows`.
+    fn add(&mut self, dlogits: &[f32], rows: &[usize], h_rows: &[f32], w: &Tensor) {
+        let [vocab, m] = w.dims();
+        if let Some(dh) = &mut self.dh {
+            if let Some(first) = neighbours(rows) {
+                project_back(dlogits, rows.len(), w, &mut dh[first * m..(first + rows.len()) * m]);
+            } else {
+                let mut dh_rows = vec![0.0; rows.len() * m];
+                project_back(dlogits, rows.len(), w, &mut dh_rows);
+                for (k, &i) in rows.iter().enumerate() {
+                    dh[i * m..(i + 1) * m].copy_from_slice(&dh_rows[k * m..(k + 1) * m]);
+                }
+            }
+        }
+        if let Some(dw) = &mut self.dw {
+            accumulate_weight_gradient(dlogits, h_rows, rows.len(), dw, vocab, m);
+        }
+    }
+
+    fn into_tensors(self, h: &Tensor, w: &Tensor) -> (Option<Tensor>, Option<Tensor>) {
+        (self.dh.map(|dh| Tensor::from_vec(dh, h.shape())), self.dw.map(|dw| Tensor::from_vec(dw, w.shape())))
+    }
+}
+
+#[track_caller]
+fn check_shapes(what: &str, h: &Tensor, w: &Tensor, targets: Option<&[u32]>, weights: &[f32]) {
+    let ([n, m], [vocab, m_w]) = (h.dims(), w.dims());
+    assert!(
+        m == m_w && weights.len() == n && targets.is_none_or(|t| t.len() == n),
+        "{what} of h {:?}, w {:?}, {:?} targets and {} weights",
+        h.shape(),
+        w.shape(),
+        targets.map(<[u32]>::len),
+        weights.len()
+    );
+    if let Some(i) = targets.and_then(|t| (0..n).find(|&i| weights[i] != 0.0 && t[i] as usize >= vocab)) {
+        panic!("{what}: target {} of row {i} is outside a vocabulary of {vocab}", targets.unwrap_or_default()[i]);
+    }
+}
