@@ -1,2 +1,74 @@
-//! The binary `sluice`.
-fn main() {}
+//! The binary `sluice`: parses the command line, wires the crates together, draws progress bars and prints.
+//! The only crate that reads the environment. People get tables, programs get `--json`.
+#![expect(clippy::print_stdout, reason = "printing is what the command line is for")]
+
+mod commands;
+mod models;
+mod progress;
+mod sampling;
+
+use clap::{Parser, Subcommand};
+
+/// Turn a dense language model into a routed one whose KV cache stays constant, however long the text.
+#[derive(Parser)]
+#[command(version, propagate_version = true, after_help = "Start with `sluice distill`: it needs no files and takes about three minutes.")]
+struct Cli {
+    /// Threads to compute with [default: all cores]
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Distil a dense model into a routed one and report quality against budget
+    Distill(commands::distill::Args),
+    /// Train a dense model from random weights
+    Train(commands::train::Args),
+    /// Evaluate a model under a routing policy
+    #[command(subcommand)]
+    Eval(commands::eval::Command),
+    /// Continue a text
+    Generate(commands::generate::Args),
+    /// Talk to a chat model
+    Chat(commands::chat::Args),
+    /// Print a model's config, tensors and cost by context
+    Inspect(commands::inspect::Args),
+    /// Download a model
+    Pull(commands::pull::Args),
+    /// Measure speed and memory
+    #[command(subcommand)]
+    Bench(commands::bench::Command),
+    /// Print what this machine can compute with
+    Devices(commands::devices::Args),
+}
+
+fn main() -> std::process::ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Some(threads) = cli.threads {
+        anyhow::ensure!(threads > 0, "--threads is 0; expected at least 1");
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
+    }
+    match cli.command {
+        Command::Distill(args) => commands::distill::run(&args),
+        Command::Train(args) => commands::train::run(&args),
+        Command::Eval(command) => commands::eval::run(&command),
+        Command::Generate(args) => commands::generate::run(&args),
+        Command::Chat(args) => commands::chat::run(&args),
+        Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Pull(args) => commands::pull::run(&args),
+        Command::Bench(command) => commands::bench::run(&command),
+        Command::Devices(args) => commands::devices::run(&args),
+    }
+}

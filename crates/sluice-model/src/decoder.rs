@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use sluice_autograd::{Param, Tape, Var};
 use sluice_spec::{GateHeads, ModelConfig, RoutingConfig, tensor_names as names};
-use sluice_tensor::Tensor;
+use sluice_tensor::{DType, Tensor};
 
 use crate::cache::Cache;
-use crate::checkpoint::{Checkpoint, CheckpointError, GateTensors, Gates};
+use crate::checkpoint::{Checkpoint, GateTensors, Gates};
 use crate::layer::{Attention, Gate, Layer, LayerOutput, LayerShape, Linear, Mlp};
 use crate::policy::{AttentionPlan, mix, uniform};
 use crate::rope_frequencies::inverse_frequencies;
@@ -55,16 +55,17 @@ pub struct KeptLayer {
 }
 
 impl Decoder {
-    /// Build from a loaded checkpoint; every tensor must be there with its shape, and none may be left over.
-    pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self, CheckpointError> {
-        let config = checkpoint.config.clone();
-        let mut weights = Weights { checkpoint, used: 0 };
-        let mut model = Self::assemble(&config, |name, shape| weights.take(name, shape))?;
-        weights.finish()?;
+    /// Build from a loaded checkpoint, whose reader has checked that every tensor is there with its shape.
+    pub fn from_checkpoint(checkpoint: &Checkpoint) -> Self {
+        let mut model = Self::assemble(&checkpoint.config, |name, shape| {
+            let tensor = checkpoint.tensors.get(name).unwrap_or_else(|| panic!("the checkpoint was read without {name}"));
+            assert_eq!(tensor.shape(), shape, "{name}");
+            tensor.to_dtype(DType::F32)
+        });
         if let Some(gates) = &checkpoint.gates {
             model.set_gates(gates);
         }
-        Ok(model)
+        model
     }
 
     /// Random weights for training from scratch: normal with std 0.02, output projections scaled down by
@@ -72,26 +73,22 @@ impl Decoder {
     pub fn random(config: &ModelConfig, seed: u64) -> Self {
         let residual_scale = 1.0 / (2.0 * config.n_layers as f32).sqrt();
         let mut index = 0u64;
-        let built: Result<Self, std::convert::Infallible> = Self::assemble(config, |name, shape| {
+        Self::assemble(config, |name, shape| {
             index += 1;
             let n = shape.iter().product();
             if name.ends_with("norm.weight") {
-                return Ok(Tensor::full(1.0, shape));
+                return Tensor::full(1.0, shape);
             }
             if name.ends_with("bias") {
-                return Ok(Tensor::zeros(shape));
+                return Tensor::zeros(shape);
             }
             let residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
             let std = 0.02 * if residual { residual_scale } else { 1.0 };
-            Ok(Tensor::from_vec((0..n).map(|i| std * normal(mix(seed, index), i as u64)).collect(), shape))
-        });
-        match built {
-            Ok(model) => model,
-            Err(never) => match never {},
-        }
+            Tensor::from_vec((0..n).map(|i| std * normal(mix(seed, index), i as u64)).collect(), shape)
+        })
     }
 
-    fn assemble<E>(config: &ModelConfig, mut take: impl FnMut(&str, Vec<usize>) -> Result<Tensor, E>) -> Result<Self, E> {
+    fn assemble(config: &ModelConfig, mut take: impl FnMut(&str, Vec<usize>) -> Tensor) -> Self {
         let (m, f, v, d) = (config.d_model, config.d_ff, config.vocab_size, config.head_dim);
         let (q, kv) = (config.n_heads * d, config.n_kv_heads * d);
         let shape = LayerShape {
@@ -101,40 +98,36 @@ impl Decoder {
             norm_eps: config.norm_eps,
             inv_freq: inverse_frequencies(config),
         };
-        let mut param = |name: String, shape: Vec<usize>| -> Result<Param, E> {
-            let value = take(&name, shape)?;
-            Ok(Param { name, value, trainable: false })
-        };
-        let embed = param(names::EMBED.into(), vec![v, m])?;
+        let mut param = |name: String, shape: Vec<usize>| Param { value: take(&name, shape), name, trainable: false };
+        let embed = param(names::EMBED.into(), vec![v, m]);
         let mut layers = Vec::with_capacity(config.n_layers);
         for i in 0..config.n_layers {
             let mut of = |part: &str, shape: Vec<usize>| param(names::of_layer(i, part), shape);
-            let mut projection = |name: &str, n: usize, k: usize, bias: bool| -> Result<Linear, E> {
-                let weight = of(&format!("{name}.weight"), vec![n, k])?;
-                let bias = if bias { Some(of(&format!("{name}.bias"), vec![n])?) } else { None };
-                Ok(Linear { weight, bias })
+            let mut projection = |name: &str, n: usize, k: usize, bias: bool| Linear {
+                weight: of(&format!("{name}.weight"), vec![n, k]),
+                bias: bias.then(|| of(&format!("{name}.bias"), vec![n])),
             };
-            let q_proj = projection("self_attn.q_proj", q, m, config.qkv_bias)?;
-            let k_proj = projection("self_attn.k_proj", kv, m, config.qkv_bias)?;
-            let v_proj = projection("self_attn.v_proj", kv, m, config.qkv_bias)?;
-            let o_proj = projection("self_attn.o_proj", m, q, false)?;
-            let gate_proj = projection("mlp.gate_proj", f, m, false)?;
-            let up_proj = projection("mlp.up_proj", f, m, false)?;
-            let down_proj = projection("mlp.down_proj", m, f, false)?;
-            let q_norm = if config.qk_norm { Some(of("self_attn.q_norm.weight", vec![d])?) } else { None };
-            let k_norm = if config.qk_norm { Some(of("self_attn.k_norm.weight", vec![d])?) } else { None };
+            let q_proj = projection("self_attn.q_proj", q, m, config.qkv_bias);
+            let k_proj = projection("self_attn.k_proj", kv, m, config.qkv_bias);
+            let v_proj = projection("self_attn.v_proj", kv, m, config.qkv_bias);
+            let o_proj = projection("self_attn.o_proj", m, q, false);
+            let gate_proj = projection("mlp.gate_proj", f, m, false);
+            let up_proj = projection("mlp.up_proj", f, m, false);
+            let down_proj = projection("mlp.down_proj", m, f, false);
+            let q_norm = config.qk_norm.then(|| of("self_attn.q_norm.weight", vec![d]));
+            let k_norm = config.qk_norm.then(|| of("self_attn.k_norm.weight", vec![d]));
             layers.push(Arc::new(Layer {
                 shape: shape.clone(),
-                input_norm: of("input_layernorm.weight", vec![m])?,
+                input_norm: of("input_layernorm.weight", vec![m]),
                 attention: Attention { q_proj, k_proj, v_proj, o_proj, q_norm, k_norm },
-                post_norm: of("post_attention_layernorm.weight", vec![m])?,
+                post_norm: of("post_attention_layernorm.weight", vec![m]),
                 mlp: Mlp { gate_proj, up_proj, down_proj },
                 gate: None,
             }));
         }
-        let final_norm = param(names::FINAL_NORM.into(), vec![m])?;
-        let lm_head = if config.tie_embeddings { None } else { Some(param(names::LM_HEAD.into(), vec![v, m])?) };
-        Ok(Self { config: config.clone(), embed, layers, final_norm, lm_head })
+        let final_norm = param(names::FINAL_NORM.into(), vec![m]);
+        let lm_head = (!config.tie_embeddings).then(|| param(names::LM_HEAD.into(), vec![v, m]));
+        Self { config: config.clone(), embed, layers, final_norm, lm_head }
     }
 
     /// Gates that keep the most recent keys: zero weights and slope, which is exactly StreamingLLM.
@@ -288,35 +281,6 @@ fn checkpointed_layer(tape: &Tape, layer: &Arc<Layer>, h: &Var, lens: &[usize], 
     let mut outputs = outputs.into_iter();
     let (h, block) = (outputs.next().expect("residual stream"), outputs.next().expect("block output"));
     LayerOutput { h, block, scores: outputs.next() }
-}
-
-/// Hands out a checkpoint's tensors and notices what is missing, misshapen or left over.
-struct Weights<'a> {
-    checkpoint: &'a Checkpoint,
-    used: usize,
-}
-
-impl Weights<'_> {
-    fn take(&mut self, name: &str, shape: Vec<usize>) -> Result<Tensor, CheckpointError> {
-        let path = &self.checkpoint.path;
-        let tensor = self.checkpoint.tensors.get(name).ok_or_else(|| CheckpointError::missing_tensor(path, name, &shape))?;
-        if tensor.shape() != shape {
-            return Err(CheckpointError::wrong_shape(path, name, tensor.shape(), &shape));
-        }
-        self.used += 1;
-        Ok(tensor.to_dtype(sluice_tensor::DType::F32))
-    }
-
-    fn finish(self) -> Result<(), CheckpointError> {
-        if self.used == self.checkpoint.tensors.len() {
-            return Ok(());
-        }
-        let config = &self.checkpoint.config;
-        let known: Result<Decoder, CheckpointError> = Decoder::assemble(config, |_, _| Ok(Tensor::zeros([0])));
-        let known: Vec<String> = known?.params().into_iter().map(|p| p.name.clone()).collect();
-        let extra = self.checkpoint.tensors.keys().find(|name| !known.contains(name));
-        Err(CheckpointError::unexpected_tensor(&self.checkpoint.path, extra.map_or("", String::as_str)))
-    }
 }
 
 fn normal(seed: u64, i: u64) -> f32 {

@@ -1,0 +1,62 @@
+//! AdamW over a model's trainable parameters, with clipping by the global norm.
+//! State is keyed by parameter name, so what is saved does not depend on the order of parameters.
+
+use std::collections::BTreeMap;
+
+use sluice_autograd::Param;
+use sluice_kernels::adamw::{self, AdamW};
+use sluice_tensor::Tensor;
+
+use crate::schedule::OptimizerConfig;
+
+/// Moments of every parameter that has been stepped.
+#[derive(Clone, Default)]
+pub struct Optimizer {
+    /// Steps taken.
+    pub step: u64,
+    /// First moments by parameter name.
+    pub m: BTreeMap<String, Tensor>,
+    /// Second moments by parameter name.
+    pub v: BTreeMap<String, Tensor>,
+}
+
+impl Optimizer {
+    /// Clip `grads` to the global norm, then step every trainable parameter that has a gradient.
+    /// `rate` is the learning rate of a parameter, already scheduled. Returns the norm before clipping;
+    /// with a norm that is not finite nothing is changed.
+    pub fn apply<'a>(
+        &mut self,
+        params: impl IntoIterator<Item = &'a mut Param>,
+        grads: &mut BTreeMap<String, Tensor>,
+        config: &OptimizerConfig,
+        rate: impl Fn(&str) -> f32,
+    ) -> f64 {
+        let norm = adamw::global_norm(&grads.values().collect::<Vec<_>>());
+        if !norm.is_finite() {
+            return norm;
+        }
+        if norm > config.clip as f64 {
+            let factor = config.clip / norm as f32;
+            grads.values_mut().for_each(|g| adamw::scale_in_place(g, factor));
+        }
+        self.step += 1;
+        for param in params.into_iter().filter(|p| p.trainable) {
+            let Some(grad) = grads.get(&param.name) else { continue };
+            let zeros = || Tensor::zeros(param.value.shape());
+            let m = self.m.entry(param.name.clone()).or_insert_with(zeros);
+            let v = self.v.entry(param.name.clone()).or_insert_with(zeros);
+            // Norms and biases are scales and offsets: pulling them to zero is not regularisation.
+            let weight_decay = if param.value.shape().len() >= 2 { config.weight_decay } else { 0.0 };
+            let settings = AdamW {
+                lr: rate(&param.name),
+                beta1: config.beta1,
+                beta2: config.beta2,
+                eps: config.eps,
+                weight_decay,
+                step: self.step,
+            };
+            adamw::step(&mut param.value, grad, m, v, settings);
+        }
+        norm
+    }
+}
