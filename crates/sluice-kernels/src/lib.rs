@@ -1,6 +1,8 @@
 //! One folder per op: forward and backward as plain functions on tensors, each with a naive twin.
 //! Knows nothing about configs, policies, models or tapes.
 
+mod attention_rows;
+pub mod dense_attention;
 pub mod routed_attention;
 pub mod gate_score;
 pub mod top_k_routing;

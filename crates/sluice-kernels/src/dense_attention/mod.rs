@@ -1,0 +1,52 @@
+//! Dense causal attention that never holds `[T, S]`: the teacher, and the baseline of routed attention.
+//!
+//! ```text
+//! z_tj = q_t . k_j / sqrt(D)   for j in 0..=start + t      o_t = sum_j softmax(z_t)_j v_j      lse_t = log sum_j exp z_tj
+//! ```
+//!
+//! Shapes: `q, o [B, T, H, D]`, `k, v [B, S, G, D]`, `lse [B, T, H]`; head `h` reads KV head `h / (H / G)`.
+//! A padding row (`t >= lens[b]`) has `o = 0`, `lse = -inf` and no gradient; rows of `k` and `v` that no
+//! valid query sees are never read. Time is quadratic in `T`, memory linear.
+
+pub mod naive;
+mod cpu;
+#[cfg(test)]
+mod tests;
+
+use sluice_tensor::Tensor;
+
+use crate::routed_attention::Dims;
+
+/// Query `i` of the tensor stands at position `start + i`. Returns `(o [B, T, H, D], lse [B, T, H])`.
+#[track_caller]
+pub fn fwd(q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens: &[usize]) -> (Tensor, Tensor) {
+    let dims = check("dense_attention::fwd", q, k, v, start, lens);
+    cpu::fwd(&dims, q, k, v, start, lens)
+}
+
+/// Gradients `(dq, dk, dv)` from `dout [B, T, H, D]` and the results `o`, `lse` of [`fwd`] on the same inputs.
+#[track_caller]
+pub fn bwd(
+    dout: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    start: usize,
+    lens: &[usize],
+) -> (Tensor, Tensor, Tensor) {
+    let dims = check("dense_attention::bwd", q, k, v, start, lens);
+    assert_eq!(dout.shape(), q.shape(), "dense_attention::bwd: dout against q");
+    assert_eq!(o.shape(), q.shape(), "dense_attention::bwd: o against q");
+    assert_eq!(lse.shape(), &q.shape()[..3], "dense_attention::bwd: lse against q {:?}", q.shape());
+    cpu::bwd(&dims, dout, q, k, v, o, lse, start, lens)
+}
+
+#[track_caller]
+fn check(op: &str, q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens: &[usize]) -> Dims {
+    let dims = Dims::of(op, q, k, v, lens);
+    let longest = lens.iter().copied().max().unwrap_or(0);
+    assert!(longest == 0 || start + longest <= dims.s, "{op}: {longest} queries from position {start} but {} keys", dims.s);
+    dims
+}
