@@ -62,3 +62,10 @@ pub(crate) fn sum_over_rows(
     }
     total
 }
+
+/// Results on one and on several threads, for tests of their equality.
+#[cfg(test)]
+pub(crate) fn on_one_and_three_threads<R: Send>(run: impl Fn() -> R + Sync) -> (R, R) {
+    let on = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("a thread pool").install(&run);
+    (on(1), on(3))
+}

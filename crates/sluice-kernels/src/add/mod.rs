@@ -25,3 +25,25 @@ vectorised! {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use sluice_testkit::Rng;
+
+    use super::*;
+
+    #[test]
+    fn equals_the_plain_sum_for_every_size() {
+        for n in [0, 1, 63, 100, 1000, CHUNK + 1, 3 * CHUNK] {
+            let (a, b) = (Rng::new(1).normal_tensor([n]), Rng::new(2).normal_tensor([n]));
+            let want: Vec<f32> = a.f32().iter().zip(b.f32()).map(|(a, b)| a + b).collect();
+            assert_eq!(fwd(&a, &b).f32(), want, "{n} elements");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "add of [2, 3] and [3, 2]")]
+    fn wrong_shape_is_refused() {
+        fwd(&Tensor::zeros([2, 3]), &Tensor::zeros([3, 2]));
+    }
+}
