@@ -19,5 +19,8 @@ mod backward;
 mod checkpoint;
 mod ops;
 
+#[cfg(test)]
+mod tests;
+
 pub use backward::Gradients;
 pub use tape::{Param, Tape, Var};

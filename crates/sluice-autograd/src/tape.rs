@@ -188,9 +188,11 @@ impl Tape {
     /// When no input wants one, `backward` is dropped at once.
     #[track_caller]
     pub fn custom(&self, inputs: &[&Var], output: Tensor, backward: impl FnOnce(&Tensor) -> Vec<Option<Tensor>> + 'static) -> Var {
+        // Every input is looked at, so that one from another tape is noticed behind any other.
+        let n_wanted = inputs.iter().filter(|v| self.source_here(v) != Source::Constant).count();
         let source = match self.mode {
-            Mode::Frozen => Source::Constant,
-            _ if inputs.iter().all(|v| self.source_here(v) == Source::Constant) => Source::Constant,
+            _ if n_wanted == 0 => Source::Constant,
+            Mode::Frozen => unreachable!("a frozen tape takes every value as a constant"),
             Mode::Rehearsal => Source::Later,
             Mode::Recording { tape } => {
                 let id = self.push(ids(inputs), &[&output], Op::Function(Box::new(backward)));
