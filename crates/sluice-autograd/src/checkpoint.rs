@@ -11,11 +11,13 @@ use sluice_tensor::Tensor;
 
 use crate::tape::{Source, Tape, Var};
 
+type Run = dyn Fn(&Tape, &[Var]) -> Vec<Var>;
+
 /// What runs again.
 pub(crate) struct Segment {
     /// Values of the inputs, and whether a gradient of them is wanted.
     inputs: Vec<(Tensor, bool)>,
-    run: Box<dyn Fn(&Tape, &[Var]) -> Vec<Var>>,
+    run: Box<Run>,
     /// Which outputs of `run` have a place on the outer tape.
     live: Vec<bool>,
 }

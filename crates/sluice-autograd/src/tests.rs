@@ -169,7 +169,7 @@ fn a_value_used_in_and_around_a_segment_has_the_same_gradient_bitwise() {
         let before = part(&tape, &leaf, 0, &others);
         let inside = others.clone();
         let middle = move |tape: &Tape, v: &[Var]| vec![tape.add(&part(tape, &v[0], 1, &inside), &part(tape, &v[0], 2, &inside))];
-        let middle = if checkpoint { tape.checkpoint(&[&leaf], middle) } else { middle(&tape, &[leaf.clone()]) }.remove(0);
+        let middle = if checkpoint { tape.checkpoint(&[&leaf], middle) } else { middle(&tape, std::slice::from_ref(&leaf)) }.remove(0);
         let after = part(&tape, &leaf, 3, &others);
         let y = tape.add(&tape.add(&before, &middle), &after);
         tape.backward(&[(y, others[0].clone())]).of(&leaf).unwrap().clone()

@@ -18,3 +18,4 @@ pub mod rope;
 pub mod swiglu;
 mod row_chunks;
 mod vector_math;
+pub mod attention_mass;
