@@ -412,15 +412,14 @@ impl Distiller {
         let t = tokens.len();
         let targets: Vec<u32> = tokens[1..].iter().copied().chain([0]).collect();
         let known: Vec<f32> = past_budget.iter().enumerate().map(|(i, &w)| if i + 1 < t && w > 0.0 { 1.0 } else { 0.0 }).collect();
-        let nothing = Wanted { input: false, weight: false };
-        let all = output_head::cross_entropy(&h.reshape([t, h.last_dim()]), head, &targets, &known, nothing);
+        let all = output_head::cross_entropy(&h.reshape([t, h.last_dim()]), head, &targets, &known, Wanted::NOTHING);
         let local = self.config.stage2.long_range.then(|| {
             // What the last `window` tokens alone predict: routed attention with no routed keys.
             let routing = RoutingConfig { top_k: 0, n_sink: 0, ..self.config.routing };
             let plan = AttentionPlan::new(Policy::Streaming, routing);
             let hidden = self.model.forward(&Tape::frozen(), tokens, &[t], &plan, Forward::default()).h;
             let hidden = hidden.value().reshape([t, self.model.config.d_model]);
-            output_head::cross_entropy(&hidden, &self.model.head().value, &targets, &known, nothing).nll
+            output_head::cross_entropy(&hidden, &self.model.head().value, &targets, &known, Wanted::NOTHING).nll
         });
         let seed = mix(self.config.seed ^ 0xC0DE, self.cursor as u64);
         let mut weights: Vec<f32> = (0..t)

@@ -14,6 +14,8 @@ pub struct CrossEntropy {
     pub nll: Vec<f32>,
     /// The most likely token, the lowest among equals; `u32::MAX` for rows of weight 0.
     pub top1: Vec<u32>,
+    /// Its probability; 0 for rows of weight 0.
+    pub max_prob: Vec<f32>,
     /// `[n, M]`.
     pub dh: Option<Tensor>,
     /// `[V, M]`.
@@ -31,30 +33,30 @@ pub(super) fn in_chunks(h: &Tensor, w: &Tensor, targets: &[u32], weights: &[f32]
     let [vocab, m] = w.dims();
     let active = weighted_rows(weights);
     let mut gradients = Gradients::new(h, w, grads);
-    let (mut nll, mut top1) = (vec![0.0; weights.len()], vec![u32::MAX; weights.len()]);
+    let (mut nll, mut top1, mut max_prob) = (vec![0.0; weights.len()], vec![u32::MAX; weights.len()], vec![0.0; weights.len()]);
     let mut logits = Scratch::zeros(per_chunk.min(active.len()) * vocab); // [chunk, V]
     for rows in active.chunks(per_chunk) {
         let h_rows = gather(h.f32(), m, rows);
         let logits = &mut logits[..rows.len() * vocab];
         project(&h_rows, rows.len(), w, logits);
-        let losses: Vec<(f32, u32)> = logits
+        let losses: Vec<(f32, u32, f32)> = logits
             .par_chunks_mut(vocab)
             .zip(rows)
             .map(|(z, &i)| row_loss(z, targets[i] as usize, grads.any().then_some(weights[i])))
             .collect();
-        for (&i, (loss, best)) in rows.iter().zip(losses) {
-            (nll[i], top1[i]) = (loss, best);
+        for (&i, row) in rows.iter().zip(losses) {
+            (nll[i], top1[i], max_prob[i]) = row;
         }
         if grads.any() {
             gradients.add(logits, rows, &h_rows, w);
         }
     }
     let (dh, dw) = gradients.into_tensors(h, w);
-    CrossEntropy { nll, top1, dh, dw }
+    CrossEntropy { nll, top1, max_prob, dh, dw }
 }
 
-/// Loss and best token of a row; with a weight, `z` becomes the gradient `weight (softmax(z) - onehot(target))`.
-fn row_loss(z: &mut [f32], target: usize, weight: Option<f32>) -> (f32, u32) {
+/// Loss, best token and its probability of a row; with a weight, `z` becomes the gradient `weight (softmax(z) - onehot(target))`.
+fn row_loss(z: &mut [f32], target: usize, weight: Option<f32>) -> (f32, u32, f32) {
     let (best, max) = argmax(z).map_or((u32::MAX, f32::NAN), |(i, z)| (i as u32, z));
     let sum = sum_exp(z, max);
     let nll = (max - z[target]) + sum.ln();
@@ -62,7 +64,7 @@ fn row_loss(z: &mut [f32], target: usize, weight: Option<f32>) -> (f32, u32) {
         softmax_times(z, max, weight / sum);
         z[target] -= weight;
     }
-    (nll, best)
+    (nll, best, 1.0 / sum)
 }
 
 vectorised! {

@@ -1,0 +1,193 @@
+//! Training a dense decoder from random weights, in phases of growing context.
+//! Knows nothing about where its batches come from: each is a function of the step.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use sluice_autograd::Tape;
+use sluice_data::loader::Batch;
+use sluice_model::{AttentionPlan, Decoder, Forward};
+use sluice_spec::ModelConfig;
+
+use crate::optimizer::Optimizer;
+use crate::schedule::{OptimizerConfig, warm_up_cosine};
+use crate::snapshot::{self, State};
+
+/// A training run, from TOML.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Seed of weights and data order.
+    pub seed: u64,
+    /// Model to train.
+    pub model: ModelConfig,
+    /// AdamW and its schedule over all phases.
+    #[serde(default)]
+    pub optimizer: OptimizerConfig,
+    /// Mixture of the data.
+    pub data: DataConfig,
+    /// Phases in order.
+    pub phases: Vec<Phase>,
+    /// Keep only the residual stream between layers and recompute the rest in backward.
+    #[serde(default)]
+    pub checkpoint: bool,
+}
+
+/// Mixture of the training data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// Share of the sequences that are generated recall documents; the rest are windows of text.
+    pub recall_share: f64,
+    /// Weight of an answer token of a recall document; other tokens have 1.
+    pub answer_weight: f32,
+    /// More text: UTF-8 files, documents separated by form feeds. The embedded texts are always there.
+    #[serde(default)]
+    pub text: Vec<String>,
+}
+
+/// Steps at one context length.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Phase {
+    /// Steps.
+    pub steps: u64,
+    /// Tokens per sequence.
+    pub context: usize,
+    /// Sequences per step.
+    pub batch: usize,
+}
+
+/// What one step did.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TrainStep {
+    /// Step, counted from 0 over all phases.
+    pub step: u64,
+    /// Tokens in the batch.
+    pub tokens: usize,
+    /// Weighted mean loss in nats.
+    pub loss: f32,
+    /// Mean loss of answer tokens (weight above 1), if there were any.
+    pub answer_loss: Option<f32>,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f32,
+    /// Seconds.
+    pub seconds: f64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Header {
+    config: TrainConfig,
+    step: u64,
+    optimizer_step: u64,
+}
+
+/// A training run in progress.
+pub struct Pretrainer {
+    /// The model.
+    pub model: Decoder,
+    /// The run.
+    pub config: TrainConfig,
+    /// Next step.
+    pub step: u64,
+    optimizer: Optimizer,
+}
+
+impl TrainConfig {
+    /// Parse TOML; unknown keys are errors.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        let config: Self = toml::from_str(text)?;
+        config.model.validate()?;
+        ensure!(!config.phases.is_empty(), "there is no [[phases]] entry; expected at least one");
+        for phase in &config.phases {
+            ensure!(phase.context >= 2 && phase.batch >= 1, "a phase has context {} and batch {}; expected at least 2 and 1", phase.context, phase.batch);
+        }
+        Ok(config)
+    }
+
+    /// Steps of all phases.
+    pub fn steps(&self) -> u64 {
+        self.phases.iter().map(|p| p.steps).sum()
+    }
+
+    /// Phase of a step.
+    pub fn phase(&self, step: u64) -> &Phase {
+        let mut end = 0;
+        let found = self.phases.iter().find(|p| {
+            end += p.steps;
+            step < end
+        });
+        found.unwrap_or_else(|| &self.phases[self.phases.len() - 1])
+    }
+}
+
+impl Pretrainer {
+    /// Start from random weights.
+    pub fn new(config: TrainConfig) -> Self {
+        let mut model = Decoder::random(&config.model, config.seed);
+        model.set_trainable(|_| true);
+        Self { model, config, step: 0, optimizer: Optimizer::default() }
+    }
+
+    /// Continue at a saved state, if there is one. Returns whether there was.
+    pub fn resume(&mut self, path: &Path) -> Result<bool> {
+        let Some((header, mut state)) = snapshot::load::<Header>(path)? else { return Ok(false) };
+        // Longer phases are welcome: that is how a run is extended.
+        ensure!(header.config.model == self.config.model, "{} belongs to another model; give the same recipe, or another --out", path.display());
+        self.optimizer = state.take_optimizer(header.optimizer_step);
+        for param in self.model.params_mut() {
+            let Some(saved) = state.tensors.remove(&param.name) else { bail!("{} lacks {}", path.display(), param.name) };
+            param.value = saved;
+        }
+        self.step = header.step;
+        Ok(true)
+    }
+
+    /// Save everything that [`Self::resume`] needs.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let mut state = State::default();
+        for param in self.model.params() {
+            state.tensors.insert(param.name.clone(), param.value.clone());
+        }
+        state.insert_optimizer(&self.optimizer);
+        let header = Header { config: self.config.clone(), step: self.step, optimizer_step: self.optimizer.step };
+        snapshot::save(path, &header, &state)
+    }
+
+    /// One step on a batch: forward, backward, clip, AdamW.
+    pub fn step(&mut self, batch: &Batch) -> Result<TrainStep> {
+        let started = Instant::now();
+        let tape = Tape::recording();
+        let options = Forward { checkpoint: self.config.checkpoint, keep_layers: false };
+        let hidden = self.model.forward(&tape, &batch.tokens, &batch.lens, &AttentionPlan::dense(), options);
+        let h = tape.reshape(&hidden.h, [batch.tokens.len(), self.config.model.d_model]);
+        let sum: f32 = batch.weights.iter().sum();
+        let weights: Vec<f32> = batch.weights.iter().map(|w| w / sum.max(1e-6)).collect();
+        let (loss, parts) = tape.cross_entropy(&h, &tape.param(self.model.head()), &batch.targets, &weights);
+        let value = loss.value().item();
+        let mut grads = tape.backward_scalar(&loss).into_params();
+        let c = &self.config.optimizer;
+        let lr = c.lr * warm_up_cosine(self.step, self.config.steps(), c.warm_up, c.lr_floor);
+        let grad_norm = self.optimizer.apply(self.model.params_mut(), &mut grads, c, |_| lr);
+        if !grad_norm.is_finite() {
+            bail!("the gradient of step {} is not finite; lower the learning rate", self.step);
+        }
+        let answers: Vec<f32> = batch.weights.iter().zip(&parts.nll).filter(|(w, _)| **w > 1.0).map(|(_, nll)| *nll).collect();
+        let answer_loss = (!answers.is_empty()).then(|| answers.iter().sum::<f32>() / answers.len() as f32);
+        let report = TrainStep {
+            step: self.step,
+            tokens: batch.lens.iter().sum(),
+            loss: value,
+            answer_loss,
+            grad_norm,
+            lr,
+            seconds: started.elapsed().as_secs_f64(),
+        };
+        self.step += 1;
+        Ok(report)
+    }
+}
