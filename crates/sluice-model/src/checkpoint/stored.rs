@@ -34,28 +34,38 @@ impl StoredTensor {
 
     /// Read the tensor: bf16 stays bf16, everything else becomes f32.
     pub(super) fn read(&self, file: &SizedFile) -> Result<Tensor, CheckpointError> {
-        let n: usize = self.shape.iter().product();
-        let at = |chunk: usize| self.offset + (chunk * CHUNK / self.format.block_len() * self.format.block_bytes()) as u64;
-        let byte_len = |len: usize| len / self.format.block_len() * self.format.block_bytes();
         if self.format == BlockFormat::Bf16 {
-            let mut data = vec![bf16::ZERO; n];
-            data.par_chunks_mut(CHUNK).enumerate().try_for_each(|(c, out)| {
-                let mut bytes = vec![0; byte_len(out.len())];
-                file.read_at(at(c), &mut bytes)?;
+            let data = self.read_elements(file, bf16::ZERO, |bytes, out| {
                 for (x, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
                     *x = bf16::from_le_bytes(*b);
                 }
-                Ok(())
             })?;
             return Ok(Tensor::from_bf16_vec(data, self.shape.clone()));
         }
-        let mut data = vec![0.0f32; n];
-        data.par_chunks_mut(CHUNK).enumerate().try_for_each(|(c, out)| {
-            let mut bytes = vec![0; byte_len(out.len())];
-            file.read_at(at(c), &mut bytes)?;
-            dequantise(self.format, &bytes, out);
-            Ok(())
-        })?;
+        let data = self.read_elements(file, 0.0, |bytes, out| dequantise(self.format, bytes, out))?;
         Ok(Tensor::from_vec(data, self.shape.clone()))
+    }
+
+    /// Each task reads its own piece of the file and converts it, so no second copy of the tensor exists.
+    fn read_elements<T: Copy + Send>(
+        &self,
+        file: &SizedFile,
+        zero: T,
+        convert: impl Fn(&[u8], &mut [T]) + Sync,
+    ) -> Result<Vec<T>, CheckpointError> {
+        let bytes_of = |elements: usize| elements / self.format.block_len() * self.format.block_bytes();
+        let piece = |(number, out): (usize, &mut [T])| {
+            let mut bytes = vec![0; bytes_of(out.len())];
+            file.read_at(self.offset + bytes_of(number * CHUNK) as u64, &mut bytes)?;
+            convert(&bytes, out);
+            Ok(())
+        };
+        let mut data = vec![zero; self.shape.iter().product()];
+        if data.len() <= CHUNK {
+            piece((0, &mut data))?; // Norms and biases are not worth waking another thread.
+        } else {
+            data.par_chunks_mut(CHUNK).enumerate().try_for_each(piece)?;
+        }
+        Ok(data)
     }
 }

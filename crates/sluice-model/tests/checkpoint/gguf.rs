@@ -216,7 +216,10 @@ fn tensors_must_be_exactly_those_of_the_model() {
         change(&mut gguf);
         gguf.error()
     };
-    assert_mentions(&change(&|g| g.tensors.retain(|t| t.name != "blk.1.ffn_up.weight")), &["model.layers.1.mlp.up_proj.weight", "20 tensors"]);
+    assert_mentions(
+        &change(&|g| g.tensors.retain(|t| t.name != "blk.1.ffn_up.weight")),
+        &["model.layers.1.mlp.up_proj.weight", "20 tensors"],
+    );
     assert_mentions(&change(&|g| g.tensors.retain(|t| t.name != "token_embd.weight")), &["token_embd.weight"]);
     assert_mentions(&change(&|g| g.add("blk.0.attn_q.bias", &Tensor::zeros([32]), F32)), &["self_attn.q_proj.bias", "llama"]);
     assert_mentions(&change(&|g| g.add("blk.2.attn_norm.weight", &Tensor::zeros([32]), F32)), &["model.layers.2", "2 layers"]);
