@@ -1,7 +1,7 @@
 //! Ops without weights: activations, rotary positions, sums and views.
 
 use sluice_kernels::rope::{self, RopeStyle};
-use sluice_kernels::{add, gelu, swiglu, top_k_routing};
+use sluice_kernels::{adamw, add, gelu, swiglu, top_k_routing};
 use sluice_tensor::Tensor;
 
 use crate::tape::{Tape, Var};
@@ -74,9 +74,10 @@ impl Tape {
 }
 
 /// `factor * x`; the tensor itself when the factor is 1.
-pub(super) fn scaled(x: &Tensor, factor: f32) -> Tensor {
-    if factor == 1.0 {
-        return x.clone();
+fn scaled(x: &Tensor, factor: f32) -> Tensor {
+    let mut y = x.clone();
+    if factor != 1.0 {
+        adamw::scale_in_place(&mut y, factor);
     }
-    Tensor::from_vec(x.f32().iter().map(|v| v * factor).collect(), x.shape())
+    y
 }

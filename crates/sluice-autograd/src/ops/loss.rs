@@ -1,10 +1,10 @@
 //! Losses. Each returns its weighted sum as a scalar; the caller normalises.
 
 use rayon::prelude::*;
+use sluice_kernels::adamw;
 use sluice_kernels::output_head::{self, CrossEntropy, Distill, DistillTerms, Wanted};
 use sluice_tensor::Tensor;
 
-use super::elementwise::scaled;
 use crate::tape::{Tape, Var};
 
 /// Denominators of relative errors stay above this; a row of zeros has no relative error.
@@ -87,7 +87,15 @@ impl Tape {
     fn with_gradients(&self, h: &Var, w: &Var, sum: f32, dh: Option<Tensor>, dw: Option<Tensor>) -> Var {
         self.custom(&[h, w], Tensor::scalar(sum), move |dy| {
             let dy = dy.item();
-            vec![dh.map(|dh| scaled(&dh, dy)), dw.map(|dw| scaled(&dw, dy))]
+            [dh, dw]
+                .map(|gradient| {
+                    let mut gradient = gradient?;
+                    if dy != 1.0 {
+                        adamw::scale_in_place(&mut gradient, dy);
+                    }
+                    Some(gradient)
+                })
+                .into()
         })
     }
 }

@@ -1,12 +1,11 @@
-//! One pass over each row. Plain multiplications and additions over sixteen running sums: the compiler turns them
-//! into vectors of whatever width the CPU has, and the result is the same on all of them.
+//! One pass over each row. The sums of `vector_math` run in fixed lanes, so they are the same on every CPU.
 
 use rayon::prelude::*;
 use sluice_tensor::Tensor;
 
 use super::RECENCY_UNIT;
+use crate::vector_math::{add_assign, axpy, dot, vectorised};
 
-const LANES: usize = 16;
 /// Rows per task and per partial sum of the weight gradient; fixed, so that the result does not depend on threads.
 const CHUNK: usize = 64;
 
@@ -63,14 +62,12 @@ pub(super) fn bwd(
                     }
                     sums[gs * m + g] += d;
                     sums[gs * (m + 1) + g] += d * age;
-                    axpy(&mut sums[g * m..(g + 1) * m], d * inv_rms, x);
+                    axpy(d * inv_rms, x, &mut sums[g * m..(g + 1) * m]);
                     if want_dx {
                         let a = &w[g * m..(g + 1) * m];
                         let along_x = inv_rms * inv_rms * dot(x, a) / m as f32;
                         let dx = &mut dx[(row - chunk * CHUNK) * m..][..m];
-                        for ((dx, a), x) in dx.iter_mut().zip(a).zip(x) {
-                            *dx += d * inv_rms * (a - x * along_x);
-                        }
+                        add_input_gradient(dx, d * inv_rms, a, x, along_x);
                     }
                 }
             }
@@ -79,7 +76,7 @@ pub(super) fn bwd(
         .collect();
     let mut total = vec![0.0; gs * (m + 2)];
     for partial in &partials {
-        axpy(&mut total, 1.0, partial);
+        add_assign(&mut total, partial);
     }
     (
         Tensor::from_vec(total[..gs * m].to_vec(), [gs, m]),
@@ -93,29 +90,11 @@ fn inv_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
 }
 
-/// Sixteen running sums, added pairwise, then the rest of the row.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a_lanes, a_rest) = a.as_chunks::<LANES>();
-    let (b_lanes, b_rest) = b.as_chunks::<LANES>();
-    let mut sums = [0.0f32; LANES];
-    for (a, b) in a_lanes.iter().zip(b_lanes) {
-        for i in 0..LANES {
-            sums[i] += a[i] * b[i];
+vectorised! {
+    /// `dx += factor (a - along_x x)`.
+    fn add_input_gradient(dx: &mut [f32], factor: f32, a: &[f32], x: &[f32], along_x: f32) {
+        for ((dx, a), x) in dx.iter_mut().zip(a).zip(x) {
+            *dx = factor.mul_add(x.mul_add(-along_x, *a), *dx);
         }
-    }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            sums[i] += sums[i + width];
-        }
-        width /= 2;
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    sums[0] + rest
-}
-
-fn axpy(y: &mut [f32], a: f32, x: &[f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y += a * x;
     }
 }
