@@ -1,7 +1,7 @@
 //! One folder per op: forward and backward as plain functions on tensors, each with a naive twin.
 //! Knows nothing about configs, policies, models or tapes.
 
-mod attention_rows;
+mod attention_tile;
 pub mod dense_attention;
 pub mod routed_attention;
 pub mod gate_score;
@@ -17,5 +17,6 @@ pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
 mod row_chunks;
+mod simd;
 mod vector_math;
 pub mod attention_mass;

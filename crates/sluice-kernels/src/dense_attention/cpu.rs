@@ -1,12 +1,14 @@
-//! Dense attention on the CPU.
+//! Dense attention as tiles of 64 queries against all keys up to the last of them.
+
+use std::ops::Range;
 
 use sluice_tensor::Tensor;
 
-use crate::attention_rows;
+use crate::attention_tile::{self, Grads, Masks, Tile, Tiler};
 use crate::routed_attention::Dims;
 
 pub(super) fn fwd(dims: &Dims, q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens: &[usize]) -> (Tensor, Tensor) {
-    attention_rows::fwd(dims, q, k, v, lens, |_, t, _, seen| seen.extend((0..=start + t).map(|j| (j as u32, 0.0, 0.0))))
+    attention_tile::fwd(dims, q, k, v, lens, start + dims.t / 2, &Dense::new(dims, start))
 }
 
 pub(super) fn bwd(
@@ -20,8 +22,46 @@ pub(super) fn bwd(
     start: usize,
     lens: &[usize],
 ) -> (Tensor, Tensor, Tensor) {
-    let (dq, dk, dv, _) = attention_rows::bwd(dims, [dout, q, k, v, o, lse], lens, |_, t, _, seen| {
-        seen.extend((0..=start + t).map(|j| (j as u32, 0.0, 0.0)))
-    });
+    let Grads { dq, dk, dv, .. } = attention_tile::bwd(dims, [dout, q, k, v, o, lse], lens, &Dense::new(dims, start));
     (dq, dk, dv)
+}
+
+struct Dense {
+    start: usize,
+    /// `0..S`
+    rows: Vec<u32>,
+}
+
+impl Dense {
+    fn new(dims: &Dims, start: usize) -> Self {
+        Self { start, rows: (0..dims.s as u32).collect() }
+    }
+}
+
+impl Tiler for Dense {
+    /// The diagonal.
+    type State = Masks;
+
+    fn state(&self) -> Masks {
+        Masks::new()
+    }
+
+    fn tiles(&self, masks: &mut Masks, _b: usize, _g: usize, span: Range<usize>, each: &mut dyn FnMut(&Tile<'_>)) {
+        masks.clear(false);
+        for t in 1..span.len() {
+            let row = masks.push_hidden();
+            masks.show(row, t, span.len() - 1);
+        }
+        let (n_plain, end) = (self.start + span.start + 1, self.start + span.end);
+        each(&Tile { first: span.start, n: span.len(), rows: &self.rows[..end], n_plain, masks });
+    }
+
+    fn end_row(&self, _b: usize, _g: usize, queries: Range<usize>) -> usize {
+        self.start + queries.end
+    }
+
+    fn work_until(&self, t: usize) -> f64 {
+        let (start, t) = (self.start as f64, t as f64);
+        t * (start + t / 2.0)
+    }
 }

@@ -8,8 +8,8 @@
 //! A padding row (`t >= lens[b]`) has `o = 0`, `lse = -inf` and no gradient; rows of `k` and `v` that no
 //! valid query sees are never read. Time is quadratic in `T`, memory linear.
 
-pub mod naive;
 mod cpu;
+pub mod naive;
 #[cfg(test)]
 mod tests;
 

@@ -12,11 +12,12 @@
 //! KV head `h / (H / G)`. A padding row (`t >= lens[b]`) and a row without keys have `o = 0`, `lse = -inf` and
 //! no gradient. Rows of `k` and `v` that no valid query sees are never read. Time and memory are linear in `T`.
 
-pub mod naive;
 mod cpu;
+pub mod naive;
 mod routing;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 use sluice_tensor::Tensor;
 
@@ -125,7 +126,13 @@ fn check(op: &str, q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<GateBias<'_>
     let dims = Dims::of(op, q, k, v, &routing.lens);
     let Dims { b, s, g, .. } = dims;
     let Routing { n_blocks, n_routed, start, key_offset, .. } = *routing;
-    assert!(routing.batch == b && routing.n_kv_heads == g, "{op}: routing of batch {} and {} KV heads for k {:?}", routing.batch, routing.n_kv_heads, k.shape());
+    assert!(
+        routing.batch == b && routing.n_kv_heads == g,
+        "{op}: routing of batch {} and {} KV heads for k {:?}",
+        routing.batch,
+        routing.n_kv_heads,
+        k.shape()
+    );
     assert_eq!(routing.indices.len(), b * n_blocks * g * n_routed, "{op}: indices for [{b}, {n_blocks}, {g}, {n_routed}]");
     assert_eq!(routing.tau.len(), b * n_blocks * g, "{op}: tau for [{b}, {n_blocks}, {g}]");
     if let Some(bias) = bias {
@@ -143,7 +150,11 @@ fn check(op: &str, q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<GateBias<'_>
             assert!(n_blocks >= need, "{op}: {n_blocks} blocks of routing for {longest} queries from position {start}, {need} needed");
             let first = routing.first_local(0);
             assert!(first >= key_offset, "{op}: local position {first} lies before key_offset {key_offset}");
-            assert!(start + longest - key_offset <= s, "{op}: the key of position {} is not among {s} rows from {key_offset}", start + longest - 1);
+            assert!(
+                start + longest - key_offset <= s,
+                "{op}: the key of position {} is not among {s} rows from {key_offset}",
+                start + longest - 1
+            );
         }
         Visibility::Bidirectional => {
             assert!(start == 0 && key_offset == 0 && n_blocks == 1, "{op}: bidirectional attention has one block and starts at 0");

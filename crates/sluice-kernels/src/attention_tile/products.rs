@@ -1,0 +1,250 @@
+//! The matrix products of a panel, blocked so that the accumulators stay in registers.
+//! `N` vectors along the lanes, `M` rows; remainders run with one row.
+//!
+//! Safety, for all of them: the machine has the instructions of `V`, and the pointers reach the shapes named.
+
+use crate::simd::Simd;
+
+/// `out [n, lanes] = rows . panel`: row `j` starts at `base + at[j]` and has `d` numbers, `panel [d, lanes]`.
+///
+/// From key `n_plain` on, adds the mask row `mask[j]` of `add`; `lane_at` are the offsets of the panel's
+/// vectors in such a row. Updates the running maxima of the lanes.
+#[inline(always)]
+pub(super) unsafe fn logits<V: Simd, const N: usize, const M: usize>(
+    n: usize,
+    n_plain: usize,
+    base: *const f32,
+    at: &[usize],
+    mask: &[u32],
+    add: *const f32,
+    lane_at: &[usize; N],
+    d: usize,
+    panel: *const f32,
+    out: *mut f32,
+    max: &mut [V; N],
+) {
+    let lanes = N * V::LANES;
+    let mut j = 0;
+    while j + M <= n {
+        // SAFETY: the caller's contract; `j + M <= n`.
+        unsafe {
+            let mut acc = dots::<V, N, M>(std::array::from_fn(|m| base.wrapping_add(at[j + m])), d, panel);
+            if j + M > n_plain {
+                for m in 0..M {
+                    let row = add.wrapping_add(mask[j + m] as usize * super::QUERIES);
+                    for i in 0..N {
+                        acc[m][i] = acc[m][i].add(V::load(row.wrapping_add(lane_at[i])));
+                    }
+                }
+            }
+            for m in 0..M {
+                for i in 0..N {
+                    acc[m][i].store(out.wrapping_add((j + m) * lanes + i * V::LANES));
+                    max[i] = acc[m][i].max(max[i]);
+                }
+            }
+        }
+        j += M;
+    }
+    while j < n {
+        // SAFETY: the caller's contract; `j < n`.
+        unsafe {
+            let [mut acc] = dots::<V, N, 1>([base.wrapping_add(at[j])], d, panel);
+            let row = add.wrapping_add(mask[j] as usize * super::QUERIES);
+            for i in 0..N {
+                acc[i] = acc[i].add(V::load(row.wrapping_add(lane_at[i])));
+                acc[i].store(out.wrapping_add(j * lanes + i * V::LANES));
+                max[i] = acc[i].max(max[i]);
+            }
+        }
+        j += 1;
+    }
+}
+
+/// `out [n, lanes] = rows . panel`, without masks.
+#[inline(always)]
+pub(super) unsafe fn inner<V: Simd, const N: usize, const M: usize>(
+    n: usize,
+    base: *const f32,
+    at: &[usize],
+    d: usize,
+    panel: *const f32,
+    out: *mut f32,
+) {
+    let lanes = N * V::LANES;
+    let mut j = 0;
+    while j + M <= n {
+        // SAFETY: the caller's contract; `j + M <= n`.
+        unsafe {
+            let acc = dots::<V, N, M>(std::array::from_fn(|m| base.wrapping_add(at[j + m])), d, panel);
+            for m in 0..M {
+                for i in 0..N {
+                    acc[m][i].store(out.wrapping_add((j + m) * lanes + i * V::LANES));
+                }
+            }
+        }
+        j += M;
+    }
+    while j < n {
+        // SAFETY: the caller's contract; `j < n`.
+        unsafe {
+            let [acc] = dots::<V, N, 1>([base.wrapping_add(at[j])], d, panel);
+            for i in 0..N {
+                acc[i].store(out.wrapping_add(j * lanes + i * V::LANES));
+            }
+        }
+        j += 1;
+    }
+}
+
+/// Inner products of `M` rows of `d` numbers with the lanes of `panel [d, lanes]`.
+#[inline(always)]
+unsafe fn dots<V: Simd, const N: usize, const M: usize>(rows: [*const f32; M], d: usize, panel: *const f32) -> [[V; N]; M] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut acc = [[V::splat(0.0); N]; M];
+        for i in 0..d {
+            let lanes: [V; N] = std::array::from_fn(|n| V::load(panel.wrapping_add((i * N + n) * V::LANES)));
+            for m in 0..M {
+                let x = V::splat(rows[m].wrapping_add(i).read_unaligned());
+                for n in 0..N {
+                    acc[m][n] = x.mul_add(lanes[n], acc[m][n]);
+                }
+            }
+        }
+        acc
+    }
+}
+
+/// `out [d, lanes] = keep * out + rows^T . weights`: row `j` of `n` starts at `base + at[j]` and has `d` numbers,
+/// `weights [n, lanes]`; `keep` is one number per lane.
+#[inline(always)]
+pub(super) unsafe fn outer<V: Simd, const N: usize, const M: usize>(
+    n: usize,
+    base: *const f32,
+    at: &[usize],
+    d: usize,
+    weights: *const f32,
+    keep: &[V; N],
+    out: *mut f32,
+) {
+    let mut i = 0;
+    while i + M <= d {
+        // SAFETY: the caller's contract; `i + M <= d`.
+        unsafe { outer_rows::<V, N, M>(n, base.wrapping_add(i), at, weights, keep, out.wrapping_add(i * N * V::LANES)) };
+        i += M;
+    }
+    while i < d {
+        // SAFETY: the caller's contract; `i < d`.
+        unsafe { outer_rows::<V, N, 1>(n, base.wrapping_add(i), at, weights, keep, out.wrapping_add(i * N * V::LANES)) };
+        i += 1;
+    }
+}
+
+#[inline(always)]
+unsafe fn outer_rows<V: Simd, const N: usize, const M: usize>(
+    n: usize,
+    base: *const f32,
+    at: &[usize],
+    weights: *const f32,
+    keep: &[V; N],
+    out: *mut f32,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut acc = [[V::splat(0.0); N]; M];
+        for (j, &at) in at[..n].iter().enumerate() {
+            let row = base.wrapping_add(at);
+            let lanes: [V; N] = std::array::from_fn(|i| V::load(weights.wrapping_add((j * N + i) * V::LANES)));
+            for m in 0..M {
+                let x = V::splat(row.wrapping_add(m).read_unaligned());
+                for i in 0..N {
+                    acc[m][i] = x.mul_add(lanes[i], acc[m][i]);
+                }
+            }
+        }
+        for m in 0..M {
+            for i in 0..N {
+                let to = out.wrapping_add((m * N + i) * V::LANES);
+                V::load(to).mul_add(keep[i], acc[m][i]).store(to);
+            }
+        }
+    }
+}
+
+/// Row `to[j]` of `out += weights [n, lanes] . rows [lanes, width]`, both products of a backward step.
+/// Rows of `out` and `rows` have `width` numbers, a multiple of 16.
+#[inline(always)]
+pub(super) unsafe fn scatter<V: Simd, const M: usize>(
+    n: usize,
+    lanes: usize,
+    weights: *const f32,
+    rows: *const f32,
+    width: usize,
+    out: *mut f32,
+    to: &[u32],
+) {
+    let mut j = 0;
+    while j + M <= n {
+        // SAFETY: the caller's contract; `j + M <= n`.
+        unsafe { scatter_rows::<V, M>(lanes, weights.wrapping_add(j * lanes), rows, width, out, &to[j..]) };
+        j += M;
+    }
+    while j < n {
+        // SAFETY: the caller's contract; `j < n`.
+        unsafe { scatter_rows::<V, 1>(lanes, weights.wrapping_add(j * lanes), rows, width, out, &to[j..]) };
+        j += 1;
+    }
+}
+
+#[inline(always)]
+unsafe fn scatter_rows<V: Simd, const M: usize>(
+    lanes: usize,
+    weights: *const f32,
+    rows: *const f32,
+    width: usize,
+    out: *mut f32,
+    to: &[u32],
+) {
+    let to: [*mut f32; M] = std::array::from_fn(|m| out.wrapping_add(to[m] as usize * width));
+    let mut i = 0;
+    while i + 2 * V::LANES <= width {
+        // SAFETY: the caller's contract; two vectors fit at `i`.
+        unsafe { scatter_block::<V, 2, M>(lanes, weights, rows.wrapping_add(i), width, to.map(|to| to.wrapping_add(i))) };
+        i += 2 * V::LANES;
+    }
+    while i < width {
+        // SAFETY: the caller's contract; `width` is a multiple of the lanes.
+        unsafe { scatter_block::<V, 1, M>(lanes, weights, rows.wrapping_add(i), width, to.map(|to| to.wrapping_add(i))) };
+        i += V::LANES;
+    }
+}
+
+#[inline(always)]
+unsafe fn scatter_block<V: Simd, const N: usize, const M: usize>(
+    lanes: usize,
+    weights: *const f32,
+    rows: *const f32,
+    width: usize,
+    to: [*mut f32; M],
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut acc = [[V::splat(0.0); N]; M];
+        for l in 0..lanes {
+            let row: [V; N] = std::array::from_fn(|n| V::load(rows.wrapping_add(l * width + n * V::LANES)));
+            for m in 0..M {
+                let x = V::splat(weights.wrapping_add(m * lanes + l).read_unaligned());
+                for n in 0..N {
+                    acc[m][n] = x.mul_add(row[n], acc[m][n]);
+                }
+            }
+        }
+        for m in 0..M {
+            for n in 0..N {
+                let to = to[m].wrapping_add(n * V::LANES);
+                V::load(to).add(acc[m][n]).store(to);
+            }
+        }
+    }
+}

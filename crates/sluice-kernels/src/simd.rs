@@ -1,0 +1,392 @@
+//! A vector of f32 as wide as the machine has, for kernels that block registers by hand.
+//! Knows nothing about attention; loops that the compiler vectorises by itself belong in `vector_math`.
+//!
+//! A kernel is one `#[inline(always)]` body, generic over [`Simd`], called from [`crate::simd::dispatch`], which
+//! compiles it inside a function with the right target features. Pointers are moved with `wrapping_add`: it
+//! carries no checks of debug builds into the inner loops.
+
+/// Operations on `LANES` numbers. All methods are unsafe for one reason: they may only run on a machine
+/// that has the implementing type's instructions.
+pub(crate) trait Simd: Copy {
+    /// Numbers in one vector; divides 16.
+    const LANES: usize;
+
+    /// All lanes `x`.
+    unsafe fn splat(x: f32) -> Self;
+    /// Read `LANES` numbers; any alignment.
+    unsafe fn load(from: *const f32) -> Self;
+    /// Write `LANES` numbers; any alignment.
+    unsafe fn store(self, to: *mut f32);
+    /// `self + b`.
+    unsafe fn add(self, b: Self) -> Self;
+    /// `self - b`.
+    unsafe fn sub(self, b: Self) -> Self;
+    /// `self * b`.
+    unsafe fn mul(self, b: Self) -> Self;
+    /// `self * b + c`.
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+    /// The larger one; `b` when either is NaN.
+    unsafe fn max(self, b: Self) -> Self;
+    /// The nearest integers.
+    unsafe fn round(self) -> Self;
+    /// `self * 2^n` for whole `n` in -150..=127; 0 when the result is far below the smallest normal number.
+    unsafe fn scale_by_power(self, n: Self) -> Self;
+    /// Sum of the lanes.
+    unsafe fn sum(self) -> f32;
+    /// Largest lane.
+    unsafe fn max_lane(self) -> f32;
+
+    /// `2^self` for `self <= 127`, relative error about 1e-7; -inf gives 0, NaN stays NaN.
+    #[inline(always)]
+    unsafe fn exp2(self) -> Self {
+        // Minimax for the relative error on [-1/2, 1/2] (3e-9 before rounding), exact at 0.
+        const C: [f32; 7] = [1.0, 0.693_147_2, 0.240_226_53, 0.055_503_106, 0.009_617_693, 0.001_340_664_4, 0.000_155_946_78];
+        // SAFETY: the caller's machine has the instructions.
+        unsafe {
+            let x = Self::splat(-150.0).max(self);
+            let n = x.round();
+            let f = x.sub(n);
+            let mut p = Self::splat(C[6]);
+            for &c in C[..6].iter().rev() {
+                p = p.mul_add(f, Self::splat(c));
+            }
+            p.scale_by_power(n)
+        }
+    }
+}
+
+/// Vectors for any machine; the compiler turns them into whatever the baseline has.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; 8]);
+
+impl Portable {
+    #[inline(always)]
+    fn map(self, b: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Self(std::array::from_fn(|i| f(self.0[i], b.0[i])))
+    }
+}
+
+impl Simd for Portable {
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self([x; 8])
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for 8 readable numbers.
+        Self(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller vouches for 8 writable numbers.
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        self.map(b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        self.map(b, |a, b| a - b)
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        self.map(b, |a, b| a * b)
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        // Not f32::mul_add: without the instruction that is a call per number.
+        Self(std::array::from_fn(|i| self.0[i] * b.0[i] + c.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn max(self, b: Self) -> Self {
+        self.map(b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        // Adding and subtracting 1.5 * 2^23 rounds to nearest, ties to even, for |x| < 2^22.
+        const MAGIC: f32 = 12_582_912.0;
+        self.map(self, |a, _| (a + MAGIC) - MAGIC)
+    }
+    #[inline(always)]
+    unsafe fn scale_by_power(self, n: Self) -> Self {
+        self.map(n, |a, n| a * f32::from_bits(((n.max(-127.0) as i32 + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        let [a, b, c, d, e, f, g, h] = self.0;
+        ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
+    #[inline(always)]
+    unsafe fn max_lane(self) -> f32 {
+        self.0.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Simd;
+
+    // SAFETY of every block below: the trait's contract, the machine has AVX-512 F/DQ.
+    impl Simd for __m512 {
+        const LANES: usize = 16;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { _mm512_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, b: Self) -> Self {
+            unsafe { _mm512_add_ps(self, b) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, b: Self) -> Self {
+            unsafe { _mm512_sub_ps(self, b) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, b: Self) -> Self {
+            unsafe { _mm512_mul_ps(self, b) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            unsafe { _mm512_fmadd_ps(self, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, b: Self) -> Self {
+            unsafe { _mm512_max_ps(self, b) }
+        }
+        #[inline(always)]
+        unsafe fn round(self) -> Self {
+            unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self) }
+        }
+        #[inline(always)]
+        unsafe fn scale_by_power(self, n: Self) -> Self {
+            unsafe { _mm512_scalef_ps(self, n) }
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            unsafe { _mm512_reduce_add_ps(self) }
+        }
+        #[inline(always)]
+        unsafe fn max_lane(self) -> f32 {
+            unsafe { _mm512_reduce_max_ps(self) }
+        }
+    }
+
+    // SAFETY of every block below: the trait's contract, the machine has AVX2 and FMA.
+    impl Simd for __m256 {
+        const LANES: usize = 8;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            unsafe { _mm256_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { _mm256_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm256_storeu_ps(to, self) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, b: Self) -> Self {
+            unsafe { _mm256_add_ps(self, b) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, b: Self) -> Self {
+            unsafe { _mm256_sub_ps(self, b) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, b: Self) -> Self {
+            unsafe { _mm256_mul_ps(self, b) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            unsafe { _mm256_fmadd_ps(self, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, b: Self) -> Self {
+            unsafe { _mm256_max_ps(self, b) }
+        }
+        #[inline(always)]
+        unsafe fn round(self) -> Self {
+            unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self) }
+        }
+        #[inline(always)]
+        unsafe fn scale_by_power(self, n: Self) -> Self {
+            unsafe {
+                // 2^n is built from its exponent bits; -127 gives the bits of 0.
+                let n = _mm256_cvtps_epi32(_mm256_max_ps(n, _mm256_set1_ps(-127.0)));
+                let bits = _mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127)));
+                _mm256_mul_ps(self, _mm256_castsi256_ps(bits))
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            unsafe {
+                let x = _mm_add_ps(_mm256_castps256_ps128(self), _mm256_extractf128_ps::<1>(self));
+                let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+                _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn max_lane(self) -> f32 {
+            unsafe {
+                let x = _mm_max_ps(_mm256_castps256_ps128(self), _mm256_extractf128_ps::<1>(self));
+                let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+                _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use std::arch::aarch64::*;
+
+    use super::Simd;
+
+    // SAFETY of every block below: NEON is part of the aarch64 baseline.
+    impl Simd for float32x4_t {
+        const LANES: usize = 4;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            unsafe { vdupq_n_f32(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { vld1q_f32(from) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { vst1q_f32(to, self) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, b: Self) -> Self {
+            unsafe { vaddq_f32(self, b) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, b: Self) -> Self {
+            unsafe { vsubq_f32(self, b) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, b: Self) -> Self {
+            unsafe { vmulq_f32(self, b) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            unsafe { vfmaq_f32(c, self, b) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, b: Self) -> Self {
+            // A comparison with NaN is false, which selects `b` as the other machines do.
+            unsafe { vbslq_f32(vcgtq_f32(self, b), self, b) }
+        }
+        #[inline(always)]
+        unsafe fn round(self) -> Self {
+            unsafe { vrndnq_f32(self) }
+        }
+        #[inline(always)]
+        unsafe fn scale_by_power(self, n: Self) -> Self {
+            unsafe {
+                let n = vcvtnq_s32_f32(vmaxq_f32(n, vdupq_n_f32(-127.0)));
+                vmulq_f32(self, vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(n, vdupq_n_s32(127)))))
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            unsafe { vaddvq_f32(self) }
+        }
+        #[inline(always)]
+        unsafe fn max_lane(self) -> f32 {
+            unsafe { vmaxvq_f32(self) }
+        }
+    }
+}
+
+/// Define functions that run a generic body with this machine's vectors.
+///
+/// `dispatch! { pub(crate) unsafe fn name(arg: Type, ..) = body; }` calls `body::<V, M>(arg, ..)`, where `V: Simd` and
+/// `M` is how many rows of accumulators, each up to three vectors wide, the machine's registers hold.
+macro_rules! dispatch {
+    ($($(#[$meta:meta])* $vis:vis unsafe fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident;)*) => {$(
+        $(#[$meta])*
+        $vis unsafe fn $name($($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+                unsafe fn avx512($($arg: $ty),*) {
+                    // SAFETY: the caller of the dispatching function keeps the body's contract.
+                    unsafe { $body::<std::arch::x86_64::__m512, 8>($($arg),*) }
+                }
+                #[target_feature(enable = "avx2,fma")]
+                unsafe fn avx2($($arg: $ty),*) {
+                    // SAFETY: as above.
+                    unsafe { $body::<std::arch::x86_64::__m256, 4>($($arg),*) }
+                }
+                match $crate::vector_math::instruction_set() {
+                    // SAFETY: `instruction_set` found these features on this machine; the rest is the caller's contract.
+                    $crate::vector_math::InstructionSet::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::vector_math::InstructionSet::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::vector_math::InstructionSet::Baseline => {}
+                }
+            }
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: NEON is part of the baseline; the rest is the caller's contract.
+            return unsafe { $body::<std::arch::aarch64::float32x4_t, 8>($($arg),*) };
+            #[cfg(not(target_arch = "aarch64"))]
+            // SAFETY: the caller's contract.
+            unsafe { $body::<$crate::simd::Portable, 2>($($arg),*) }
+        }
+    )*};
+}
+pub(crate) use dispatch;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[inline(always)]
+    unsafe fn exp2_all<V: Simd, const M: usize>(x: &[f32], y: &mut [f32]) {
+        for (x, y) in x.chunks_exact(V::LANES).zip(y.chunks_exact_mut(V::LANES)) {
+            // SAFETY: both chunks have `LANES` numbers; `dispatch` chose V.
+            unsafe { V::load(x.as_ptr()).exp2().store(y.as_mut_ptr()) }
+        }
+    }
+    dispatch! { unsafe fn exp2_here(x: &[f32], y: &mut [f32]) = exp2_all; }
+
+    #[test]
+    fn exp2_is_close_to_the_real_one_for_every_vector() {
+        let mut x: Vec<f32> = (0..16_000).map(|i| -126.0 + i as f32 * 0.008).collect();
+        x.extend([f32::NEG_INFINITY, -1e30, -151.0, 0.0, -0.0, -1.0, 1.0, f32::NAN, 0.5, -0.5, 0.49999997, 2.0, -149.9, -140.0, 0.1, 0.2]);
+        let (mut here, mut portable) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+        // SAFETY: both slices have a length that is a multiple of 16.
+        unsafe {
+            exp2_here(&x, &mut here);
+            exp2_all::<Portable, 2>(&x, &mut portable);
+        }
+        for y in [here, portable] {
+            for (&x, &y) in x.iter().zip(&y) {
+                let want = (x as f64).exp2();
+                let ok = if x.is_nan() { y.is_nan() } else { (y as f64 - want).abs() <= 2e-7 * want + 1e-37 };
+                assert!(ok, "2^{x} = {want}, found {y}");
+            }
+            assert_eq!((y[16_003], y[16_000]), (1.0, 0.0));
+        }
+    }
+}
