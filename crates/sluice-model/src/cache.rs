@@ -79,10 +79,12 @@ impl Cache {
             }
             LayerCache::Bounded(cache) => {
                 let g = layer.shape.n_kv_heads;
-                let scores = match self.plan.policy {
+                let mut scores = match self.plan.policy {
                     Policy::Gate => layer.score(tape, &p.x, positions).value().f32().to_vec(),
                     _ => positions.iter().flat_map(|&t| (0..g).map(move |gi| (t, gi))).map(|(t, gi)| self.plan.static_score(index, t as usize, gi)).collect(),
                 };
+                let sinks = self.plan.routing.n_sink.saturating_sub(self.position).min(t);
+                scores[..sinks * g].fill(f32::INFINITY);
                 let r = self.plan.routing.route_every;
                 let mut o = Vec::with_capacity(t * h * d);
                 let mut done = 0;
@@ -228,6 +230,9 @@ impl BoundedCache {
     fn drop_decided(&mut self, first_local: usize) {
         let [_, _, g, d] = self.k.dims();
         let n = first_local.saturating_sub(self.strip_start).min(self.strip_len);
+        if n == 0 {
+            return;
+        }
         self.k.f32_mut().copy_within(n * g * d..self.strip_len * g * d, 0);
         self.v.f32_mut().copy_within(n * g * d..self.strip_len * g * d, 0);
         self.scores.f32_mut().copy_within(n * g..self.strip_len * g, 0);
