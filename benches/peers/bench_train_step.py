@@ -1,0 +1,109 @@
+"""Training-step throughput of Sluice, PyTorch and candle, in turn on the same machine, with ratios.
+
+    python benches/peers/bench_train_step.py            # prints a table, writes benches/results/train_step.json
+
+Each round runs every engine once, so that a machine that slows down slows all of them; a ratio is the median over the
+rounds of the ratios within a round. Sluice against eager and compiled PyTorch alike: the bar is the faster of the two.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+CONFIGS = ["tiny", "135m"]
+BARS = {"torch": 1.2, "torch.compile": 1.2, "candle": 1.5}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--configs", nargs="+", default=CONFIGS, choices=CONFIGS)
+    p.add_argument("--engines", nargs="+", default=["sluice", *BARS], choices=["sluice", *BARS])
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--sluice", default=str(ROOT / "target/release/sluice"), help="the binary")
+    p.add_argument("--candle", default="candle-train", help="the binary built from candle-train/")
+    p.add_argument("--out", default=str(ROOT / "benches/results/train_step.json"))
+    args = p.parse_args()
+
+    torch = [sys.executable, str(HERE / "train_step_torch.py"), "--threads", str(args.threads)]
+    commands = {
+        "sluice": [args.sluice, "bench", "train-step", "--json"],
+        "torch": torch,
+        "torch.compile": [*torch, "--compile"],
+        "candle": [args.candle],
+    }
+    environment = os.environ | {"RAYON_NUM_THREADS": str(args.threads), "OMP_NUM_THREADS": str(args.threads)}
+    load, results = os.getloadavg()[0], {}
+    for config in args.configs:
+        rounds = []
+        for i in range(args.rounds):
+            rounds.append({})
+            for engine in args.engines:
+                command = [*commands[engine], "--config", config]
+                print(f"$ round {i + 1} of {args.rounds}:", *command, file=sys.stderr)
+                rounds[-1][engine] = last_json_line(command, environment)
+        results[config] = summary(rounds)
+        print_table(config, results[config])
+
+    record = {
+        "what": "tokens/s of one training step: forward, full backward, AdamW, f32; median of the timed steps",
+        "command": " ".join(["python", *sys.argv]),
+        "commit": git("rev-parse", "HEAD") + (" (modified)" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "os": platform.platform()},
+        "load_before": load,
+        "date": datetime.date.today().isoformat(),
+        "configs": results,
+    }
+    out = pathlib.Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"wrote {out}")
+
+
+def summary(rounds):
+    """Median tokens/s of each engine, and Sluice's ratio to each peer."""
+    engines = rounds[0]
+    speed = {e: statistics.median(r[e]["tokens_per_second"] for r in rounds) for e in engines}
+    ratios = {}
+    if "sluice" in engines:
+        of = lambda r, e: r["sluice"]["tokens_per_second"] / r[e]["tokens_per_second"]
+        ratios = {e: statistics.median(of(r, e) for r in rounds) for e in engines if e != "sluice"}
+    return {"tokens_per_second": speed, "sluice_over": ratios, "rounds": rounds}
+
+
+def print_table(config, result):
+    print(f"\n{config:16}{'tokens/s':>10}{'sluice is':>11}{'bar':>7}")
+    for engine, speed in result["tokens_per_second"].items():
+        ratio = result["sluice_over"].get(engine)
+        compared = "" if ratio is None else f"{ratio:10.2f}x{BARS[engine]:6.1f}x  {'ok' if ratio >= BARS[engine] else 'MISSED'}"
+        print(f"{engine:16}{speed:10.0f}{compared}")
+    print()
+
+
+def last_json_line(command, environment):
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode != 0 or not lines:
+        raise SystemExit(f"{command[0]} exited with {done.returncode} and printed {len(lines)} JSON lines; expected 0 and 1")
+    return json.loads(lines[-1])
+
+
+def git(*arguments):
+    return subprocess.run(["git", "-C", ROOT, *arguments], stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def cpu_name():
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if pathlib.Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
