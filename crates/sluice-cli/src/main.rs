@@ -22,8 +22,6 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Distil a dense model into a routed one and report quality against budget
-    Distill(commands::distill::Args),
     /// Train a dense model from random weights
     Train(commands::train::Args),
     /// Evaluate a model under a routing policy
@@ -35,11 +33,6 @@ enum Command {
     Chat(commands::chat::Args),
     /// Print a model's config, tensors and cost by context
     Inspect(commands::inspect::Args),
-    /// Download a model
-    Pull(commands::pull::Args),
-    /// Measure speed and memory
-    #[command(subcommand)]
-    Bench(commands::bench::Command),
     /// Print what this machine can compute with
     Devices(commands::devices::Args),
 }
@@ -61,14 +54,11 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
     match cli.command {
-        Command::Distill(args) => commands::distill::run(&args),
         Command::Train(args) => commands::train::run(&args),
         Command::Eval(command) => commands::eval::run(&command),
         Command::Generate(args) => commands::generate::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
-        Command::Pull(args) => commands::pull::run(&args),
-        Command::Bench(command) => commands::bench::run(&command),
         Command::Devices(args) => commands::devices::run(&args),
     }
 }

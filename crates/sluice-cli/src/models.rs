@@ -23,14 +23,14 @@ pub(crate) struct Loaded {
 
 /// Load a model and, if given, gates for it.
 pub(crate) fn load(model: &str, gates: Option<&Path>) -> Result<Loaded> {
-    let mut checkpoint = if model == "tiny" { crate::models::embedded()? } else { checkpoint::load(&resolve(model)?)? };
+    let mut checkpoint = checkpoint::load(&resolve(model)?)?;
     if let Some(path) = gates {
         checkpoint.gates = Some(checkpoint::load_gates(path, &checkpoint.config)?);
     }
     let decoder = Decoder::from_checkpoint(&checkpoint);
     let tokenizer = Tokenizer::from_source(&checkpoint.tokenizer, &checkpoint.text)
         .with_context(|| format!("the tokenizer of {}", checkpoint.path.display()))?;
-    tokenizer.check_vocabulary(checkpoint.config.vocab_size).with_context(|| checkpoint.path.display().to_string())?;
+    tokenizer.check_fits(checkpoint.config.vocab_size).with_context(|| checkpoint.path.display().to_string())?;
     let routing = checkpoint.gates.as_ref().map(|g| g.routing);
     // The decoder shares the tensors; what remains of the checkpoint is its metadata.
     checkpoint.tensors.clear();
@@ -42,7 +42,7 @@ pub(crate) fn resolve(model: &str) -> Result<PathBuf> {
     let given = PathBuf::from(model);
     let path = if given.exists() { given } else { Path::new(MODELS).join(model) };
     if !path.exists() {
-        bail!("no model at {model}, and none named so in {MODELS}/; give a GGUF file, a Hugging Face folder, or `sluice pull` one of {}", sluice_data::pull::NAMES.join(", "));
+        bail!("no model at {model}, and none named so in {MODELS}/; give a GGUF file, a Hugging Face folder, or the name of a model that you pulled");
     }
     if path.is_dir() && !path.join("config.json").exists() {
         let mut ggufs: Vec<PathBuf> = std::fs::read_dir(&path)?.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.extension().is_some_and(|e| e == "gguf")).collect();

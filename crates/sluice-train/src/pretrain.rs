@@ -7,7 +7,6 @@ use std::time::Instant;
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use sluice_autograd::Tape;
-use sluice_data::loader::Batch;
 use sluice_model::{AttentionPlan, Decoder, Forward};
 use sluice_spec::ModelConfig;
 
@@ -46,6 +45,39 @@ pub struct DataConfig {
     /// More text: UTF-8 files, documents separated by form feeds. The embedded texts are always there.
     #[serde(default)]
     pub text: Vec<String>,
+}
+
+/// Sequences of one step, padded to the longest.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Batch {
+    /// `[B T]`.
+    pub tokens: Vec<u32>,
+    /// `[B T]` the token after each.
+    pub targets: Vec<u32>,
+    /// `[B T]` weight of each target in the loss; 0 for padding.
+    pub weights: Vec<f32>,
+    /// `[B]` tokens that are not padding.
+    pub lens: Vec<usize>,
+}
+
+impl Batch {
+    /// Put weighted sequences side by side; `weights[i]` is the weight of predicting token `i`, the first is ignored.
+    /// Panics for a sequence of fewer than two tokens.
+    #[track_caller]
+    pub fn of(sequences: &[(Vec<u32>, Vec<f32>)]) -> Self {
+        let t = sequences.iter().map(|(tokens, _)| tokens.len() - 1).max().unwrap_or(0);
+        let mut batch = Self::default();
+        for (tokens, weights) in sequences {
+            assert!(tokens.len() >= 2 && tokens.len() == weights.len(), "{} tokens with {} weights", tokens.len(), weights.len());
+            let n = tokens.len() - 1;
+            let padding = t - n;
+            batch.tokens.extend(tokens[..n].iter().copied().chain(std::iter::repeat_n(0, padding)));
+            batch.targets.extend(tokens[1..].iter().copied().chain(std::iter::repeat_n(0, padding)));
+            batch.weights.extend(weights[1..].iter().copied().chain(std::iter::repeat_n(0.0, padding)));
+            batch.lens.push(n);
+        }
+        batch
+    }
 }
 
 /// Steps at one context length.

@@ -3,7 +3,7 @@
 use std::io::{BufRead, Write};
 
 use anyhow::{Context, Result};
-use sluice_data::chat::{Message, render};
+use sluice_data::{ChatTemplate, Message};
 
 use crate::commands::generate::Generation;
 use crate::models::{self, RoutingArgs};
@@ -29,12 +29,10 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let loaded = models::load(&args.model, args.routing.gates.as_deref())?;
-    let template = loaded.checkpoint.text.chat_template.clone().with_context(|| {
-        format!("{} has no chat template, so it is not a chat model; use `sluice generate`", loaded.checkpoint.path.display())
-    })?;
+    let template = ChatTemplate::of(&loaded.tokenizer).with_context(|| loaded.checkpoint.path.display().to_string())?;
     let plan = args.routing.plan(&loaded)?;
     let mut generation = Generation::new(&loaded, plan, Sampler::new(&args.sampling))?;
-    let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
+    let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text.as_str())).collect();
     let mut read = String::new(); // what the model has seen, as text
     eprintln!("Type a message and press Enter; an empty line or Ctrl-D ends the chat.");
     loop {
@@ -45,7 +43,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             return Ok(());
         }
         messages.push(Message::new("user", line.trim()));
-        let prompt = render(&template, &messages, true, &loaded.tokenizer.special_text(&loaded.checkpoint.text))?;
+        let prompt = template.render(&messages, true)?;
         let fresh = match prompt.strip_prefix(read.as_str()) {
             Some(fresh) => fresh.to_string(),
             None => {
@@ -60,7 +58,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             let _ = std::io::stdout().flush();
         });
         println!();
-        messages.push(Message::new("assistant", &outcome.text));
+        messages.push(Message::new("assistant", outcome.text.as_str()));
         read = prompt + &outcome.text;
     }
 }

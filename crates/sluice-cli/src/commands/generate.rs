@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
-use sluice_data::tokenizer::StreamDecoder;
 use sluice_model::{AttentionPlan, Cache};
 
 use crate::models::{self, Loaded, RoutingArgs};
@@ -119,7 +118,7 @@ impl<'a> Generation<'a> {
         }
         let prefill_speed = prompt.len() as f64 / started.elapsed().as_secs_f64();
         let started = Instant::now();
-        let mut decoder = StreamDecoder::new(&self.loaded.tokenizer);
+        let mut decoder = self.loaded.tokenizer.stream();
         let (mut ids, mut text) = (Vec::new(), String::new());
         let mut h = last.expect("the prompt has tokens");
         while ids.len() < n {
