@@ -1,6 +1,6 @@
 //! Section: cache bytes and speed by context length, dense beside routed.
 
-use super::numbers::{bytes, count, flop_count, short_count, speed, times};
+use super::numbers::{bytes, compared, count, flop_count, short_count, speed};
 use super::plots::{self, Axis, Line, Plot, Point, Scale, Spread};
 use super::sections::{Cell, Figure, Part, Row, Section, Table, describe, strings};
 use super::style::{Look, Mark, PLAIN, SECOND};
@@ -64,21 +64,22 @@ pub(super) fn section(cost: &CostTable) -> Section {
     for (i, row) in rows.iter().enumerate() {
         for (name, is_routed) in [("Dense", false), ("Routed", true)] {
             let (this, dense) = (if is_routed { &row.routed } else { &row.dense }, &row.dense);
-            let cell = |v: Option<f64>, of_dense: Option<f64>, format: &dyn Fn(f64) -> String| {
+            let cell = |v: Option<f64>, of_dense: Option<f64>, (below, above): (&str, &str), format: &dyn Fn(f64) -> String| {
                 let sub = match (v, of_dense) {
-                    (Some(v), Some(d)) if is_routed && d > 0.0 => format!("{} of dense", times(v / d)),
+                    (Some(v), Some(d)) if is_routed && v > 0.0 && d > 0.0 => compared(v, d, below, above),
                     _ => String::new(),
                 };
                 Cell { main: v.map_or(String::new(), format), sub }
             };
+            let (amount, rate) = (("less", "more"), ("slower", "faster"));
             let number = |v: u64| (v > 0).then_some(v as f64);
             let mut cells: Vec<Cell> = vec![count(row.context).into(), name.into()];
-            cells.push(cell(number(this.cache_bytes), number(dense.cache_bytes), &|v| bytes(v as u64)));
-            cells.extend(flops.then(|| cell(number(this.attention_flops), number(dense.attention_flops), &flop_count)));
-            cells.extend(prefill.then(|| cell(this.prefill_tokens_per_s, dense.prefill_tokens_per_s, &speed)));
-            cells.extend(decode.then(|| cell(this.decode_tokens_per_s, dense.decode_tokens_per_s, &speed)));
+            cells.push(cell(number(this.cache_bytes), number(dense.cache_bytes), amount, &|v| bytes(v as u64)));
+            cells.extend(flops.then(|| cell(number(this.attention_flops), number(dense.attention_flops), amount, &flop_count)));
+            cells.extend(prefill.then(|| cell(this.prefill_tokens_per_s, dense.prefill_tokens_per_s, rate, &speed)));
+            cells.extend(decode.then(|| cell(this.decode_tokens_per_s, dense.decode_tokens_per_s, rate, &speed)));
             let peak = |s: &CostSide| s.peak_memory_bytes.map(|v| v as f64);
-            cells.extend(memory.then(|| cell(peak(this), peak(dense), &|v| bytes(v as u64))));
+            cells.extend(memory.then(|| cell(peak(this), peak(dense), amount, &|v| bytes(v as u64))));
             table_rows.push(Row { cells, look: None, opens_group: i > 0 && !is_routed });
         }
     }

@@ -78,7 +78,8 @@ fn section(out: &mut String, section: &Section) {
         }
     }
     if !section.command.is_empty() {
-        let _ = writeln!(out, "<p class=\"command\"><span>Made by</span> <code>{}</code></p>", escape(&section.command));
+        let commands: Vec<String> = section.command.lines().map(|c| format!("<code>{}</code>", escape(c))).collect();
+        let _ = writeln!(out, "<p class=\"command\"><span>Made by</span> {}</p>", commands.join("<br/>"));
     }
     out.push_str("</section>\n");
 }
@@ -98,13 +99,14 @@ fn figure(out: &mut String, figure: &Figure) {
 
 fn table(out: &mut String, table: &Table) {
     let caption = escape(&table.caption);
+    // The caption stands outside of what scrolls, else a wide table would carry half of it out of sight.
     if table.folded {
         let _ = writeln!(out, "<details><summary>{caption}</summary>");
+    } else {
+        let _ = writeln!(out, "<p class=\"caption\">{caption}</p>");
     }
-    let _ = write!(out, "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"{caption}\">\n<table>\n");
-    if !table.folded {
-        let _ = writeln!(out, "<caption>{caption}</caption>");
-    }
+    let _ =
+        write!(out, "<div class=\"scroll\" tabindex=\"0\" role=\"region\" aria-label=\"{caption}\">\n<table aria-label=\"{caption}\">\n");
     out.push_str("<thead><tr>");
     for (i, name) in table.columns.iter().enumerate() {
         let _ = write!(out, "<th scope=\"col\"{}>{}</th>", if i < table.n_names { "" } else { " class=\"n\"" }, escape(name));
@@ -117,12 +119,14 @@ fn table(out: &mut String, table: &Table) {
         let class = if classes.is_empty() { String::new() } else { format!(" class=\"{}\"", classes.join(" ")) };
         let _ = write!(out, "<tr{class}>");
         for (i, Cell { main, sub }) in row.cells.iter().enumerate() {
-            let swatch = row.look.as_ref().filter(|l| l.label == *main).map_or(String::new(), plots::swatch);
             let sub = if sub.is_empty() { String::new() } else { format!(" <small>{}</small>", escape(sub)) };
-            let main = escape(main);
+            let main = match row.look.as_ref().filter(|l| l.label == *main) {
+                Some(look) => format!("<span class=\"policy\">{}{}</span>", plots::swatch(look), escape(main)),
+                None => escape(main),
+            };
             let _ = match i {
-                0 => write!(out, "<th scope=\"row\">{swatch}{main}{sub}</th>"),
-                i if i < table.n_names => write!(out, "<td>{swatch}{main}{sub}</td>"),
+                0 => write!(out, "<th scope=\"row\">{main}{sub}</th>"),
+                i if i < table.n_names => write!(out, "<td>{main}{sub}</td>"),
                 _ => write!(out, "<td class=\"n\">{main}{sub}</td>"),
             };
         }

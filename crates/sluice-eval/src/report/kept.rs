@@ -21,9 +21,9 @@ pub(super) fn heat_map(map: &HeatMap) -> Section {
     let title = format!("Share of tokens kept, by {what} (rows) and place in the text (columns)");
     let figure = Figure { title, drawing: draw_heat_map(map, kv_heads), legend: Vec::new(), wide: true };
     let lead = format!(
-        "{} of {} tokens, with a budget of {} per KV head: which of them are still kept at the end. The window shows as the dark right edge, \
-         the sinks as the left one. Good: rows that differ, since layers need different tokens, and dark spots that follow the text. Rows \
-         that are dark only on the right keep nothing but the newest tokens, as StreamingLLM would.",
+        "{} of {} tokens, with a budget of {} per KV head: which of them are still kept at the end. The window shows as the full right edge, \
+         the sinks at the left one. Good: rows that differ, since layers need different tokens, and strong shades where the text says \
+         something new. Rows with shade on the right only keep nothing but the newest tokens, as StreamingLLM would.",
         map.text,
         count(map.context),
         count(map.kv_budget)
@@ -83,16 +83,19 @@ fn draw_heat_map(map: &HeatMap, kv_heads: usize) -> String {
                 let _ = write!(body, "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">layer {}</text>", LABEL_WIDTH - 5, y + 9, row.layer);
             }
         }
+        let name = match row.kv_head {
+            Some(head) => format!("{}.{head}", row.layer),
+            None => row.layer.to_string(),
+        };
         for (column, bins) in row.share.chunks(each).enumerate() {
             let share = f64::from(bins.iter().sum::<f32>()) / bins.len() as f64;
             let first = column * each * map.bin;
             let last = (first + each * map.bin).min(map.context.max(first + 1)) - 1;
             let _ = write!(
                 body,
-                "<rect x=\"{}\" y=\"{y}\" width=\"{CELL_WIDTH}\" height=\"{row_height}\" class=\"k{}\"><title>{}, tokens {} to {}: {} kept</title></rect>",
-                LABEL_WIDTH + column * CELL_WIDTH,
+                "<path class=\"k{}\" d=\"M{} {y}h{CELL_WIDTH}v{row_height}h-{CELL_WIDTH}z\"><title>{name}, tokens {} to {}: {}</title></path>",
                 shade(share),
-                row_name(row),
+                LABEL_WIDTH + column * CELL_WIDTH,
                 count(first),
                 count(last),
                 percent(share)
@@ -161,8 +164,8 @@ pub(super) fn sample(sample: &Sample) -> Section {
         folded: true,
     };
     let lead = format!(
-        "A passage as the gates see it {} tokens into the text, with {} kept per KV head: the darker a token, the more of the {most} \
-         layer-heads still keep it. Good: names, numbers and turning points dark, filler words pale.",
+        "A passage as the gates see it {} tokens into the text, with {} kept per KV head: the stronger the shade of a token, the more of the {most} \
+         layer-heads still keep it. Good: names, numbers and turning points strong, filler words faint.",
         count(sample.context),
         count(sample.kv_budget)
     );
@@ -210,7 +213,7 @@ mod tests {
         let share: Vec<f32> = (0..256).map(|i| if i < 128 { 1.0 } else { 0.0 }).collect();
         let map = HeatMap { context: 4096, bin: 16, rows: vec![HeatRow { layer: 3, kv_head: None, share }], ..HeatMap::default() };
         let svg = draw_heat_map(&map, 1);
-        assert_eq!(svg.matches("<rect").count(), 64);
-        assert!(svg.contains("layer 3, tokens 0 to 63: 100 % kept") && svg.contains("tokens 4,032 to 4,095: 0 % kept"));
+        assert_eq!(svg.matches("<path").count(), 64);
+        assert!(svg.contains("3, tokens 0 to 63: 100 %") && svg.contains("3, tokens 4,032 to 4,095: 0 %"));
     }
 }

@@ -51,6 +51,16 @@ pub(super) fn times(v: f64) -> String {
     }
 }
 
+/// `v` beside `reference` in words: "7.5x less", with the words for below and above given.
+pub(super) fn compared(v: f64, reference: f64, below: &str, above: &str) -> String {
+    let ratio = v / reference;
+    match ratio {
+        r if (0.995..1.005).contains(&r) => "as dense".into(),
+        r if r < 1.0 => format!("{} {below}", times(1.0 / r)),
+        r => format!("{} {above}", times(r)),
+    }
+}
+
 /// A whole number, thousands apart.
 pub(super) fn count(n: usize) -> String {
     let digits = n.to_string();
@@ -68,6 +78,7 @@ pub(super) fn count(n: usize) -> String {
 pub(super) fn short_count(v: f64) -> String {
     match v.abs() {
         a if a >= 1e6 => format!("{}M", short_nats((v / 1e4).round() / 100.0)),
+        a if a >= 1e5 => format!("{}k", (v / 1e3).round()),
         a if a >= 1e4 => format!("{}k", short_nats((v / 1e2).round() / 10.0)),
         a if a >= 10.0 || a == 0.0 => {
             let sign = if v < 0.0 { "-" } else { "" };
@@ -127,15 +138,26 @@ pub(super) fn duration(seconds: f64) -> String {
 
 /// The mean with its interval as small print.
 pub(super) fn estimate_cell(e: Estimate, format: fn(f64) -> String) -> Cell {
-    let sub = if e.low < e.high { format!("{} to {}", format(e.low), format(e.high)) } else { String::new() };
+    let sub = if e.low < e.high { between(format(e.low), format(e.high)) } else { String::new() };
     Cell { main: format(e.mean), sub }
 }
 
 /// One value, or the lowest "to" the highest.
 pub(super) fn range(values: impl Iterator<Item = f64>, format: impl Fn(f64) -> String) -> String {
     let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
-    let (low, high) = (format(low), format(high));
-    if low == high { low } else { format!("{low} to {high}") }
+    between(format(low), format(high))
+}
+
+/// "43 to 57 %": a unit that both share is said once.
+fn between(low: String, high: String) -> String {
+    if low == high {
+        return low;
+    }
+    let low = match (low.split_once(' '), high.split_once(' ')) {
+        (Some((number, a)), Some((_, b))) if a == b => number,
+        _ => &low,
+    };
+    format!("{low} to {high}")
 }
 
 #[cfg(test)]
@@ -154,9 +176,12 @@ mod tests {
             (percent(-0.0001), "0 %"),
             (times(10.66), "10.7x"),
             (times(0.094), "0.094x"),
+            (compared(45.0, 360.0, "less", "more"), "8.00x less"),
+            (compared(1.501, 1.5, "less", "more"), "as dense"),
+            (compared(3.0, 2.0, "slower", "faster"), "1.50x faster"),
             (count(1_234_567), "1,234,567"),
             (short_count(4096.0), "4,096"),
-            (short_count(131_072.0), "131.1k"),
+            (short_count(131_072.0), "131k"),
             (bytes(23_592_960), "22.5 MiB"),
             (bytes(1023), "1023 B"),
             (bytes(1 << 30), "1 GiB"),
@@ -168,7 +193,7 @@ mod tests {
             (duration(90_000.0), "25 h 0 min"),
             (loss(f64::NAN), "not a number"),
             (loss(0.00052), "5.20e-4"),
-            (range([0.1, 0.3].into_iter(), percent), "10 % to 30 %"),
+            (range([0.1, 0.3].into_iter(), percent), "10 to 30 %"),
             (range([0.2].into_iter(), percent), "20 %"),
         ] {
             assert_eq!(got, want);

@@ -66,9 +66,12 @@ pub(super) enum Spread {
     Band,
 }
 
-const WIDTH: u32 = 480;
-const HEIGHT: u32 = 290;
-const FONT: u32 = 13;
+/// Drawn at four times the size that is meant, since plotters rounds to whole units: lines stay straight and dashes even.
+const UNIT: u32 = 4;
+const WIDTH: u32 = 480 * UNIT;
+const HEIGHT: u32 = 300 * UNIT;
+/// plotters divides by 1.24 to get the size of the letters.
+const FONT: u32 = 15 * UNIT;
 
 impl Point {
     /// A point without interval.
@@ -127,12 +130,12 @@ fn draw_on<'a>(root: &Area<'a>, plot: &Plot) -> Result<(), DrawError<'a>> {
     let (left, right) = (x.from, x.to);
     let widest = y.ticks.iter().map(|t| t.label.chars().count()).max().unwrap_or(0) as u32;
     let mut chart = ChartBuilder::on(root)
-        .margin_top(10)
-        .margin_right(16)
-        .margin_bottom(4)
-        .margin_left(2)
-        .x_label_area_size(42)
-        .y_label_area_size(16 + widest * 7)
+        .margin_top(10 * UNIT)
+        .margin_right(20 * UNIT)
+        .margin_bottom(2 * UNIT)
+        .margin_left(2 * UNIT)
+        .x_label_area_size(44 * UNIT)
+        .y_label_area_size((16 + widest * 8) * UNIT)
         .build_cartesian_2d(x, y)?;
 
     let text = ("sans-serif", FONT).into_font().color(&color(TEXT));
@@ -140,15 +143,16 @@ fn draw_on<'a>(root: &Area<'a>, plot: &Plot) -> Result<(), DrawError<'a>> {
         .configure_mesh()
         .disable_x_mesh()
         .max_light_lines(0)
-        .bold_line_style(color(GRID))
-        .axis_style(color(AXIS))
+        .bold_line_style(color(GRID).stroke_width(UNIT))
+        .axis_style(color(AXIS).stroke_width(UNIT))
+        .set_all_tick_mark_size((5 * UNIT) as i32)
         .label_style(text.clone())
         .axis_desc_style(text)
         .x_desc(plot.x.label.clone())
         .draw()?;
     if let Some(height) = plot.reference {
         let at = plot.y.scale.place(height);
-        chart.draw_series(DashedLineSeries::new([(left, at), (right, at)], 2, 3, color(TEXT).stroke_width(1)))?;
+        chart.draw_series(DashedLineSeries::new([(left, at), (right, at)], 2 * UNIT, 3 * UNIT, color(TEXT).stroke_width(UNIT)))?;
     }
 
     // Whiskers at the same x stand side by side, else they hide each other.
@@ -169,15 +173,15 @@ fn draw_on<'a>(root: &Area<'a>, plot: &Plot) -> Result<(), DrawError<'a>> {
             let edge = points.iter().map(|p| at(p.x, p.low)).chain(points.iter().rev().map(|p| at(p.x, p.high)));
             chart.draw_series([Polygon::new(edge.collect::<Vec<_>>(), ink.mix(0.18).filled())])?;
         }
-        let stroke = ink.stroke_width(if line.look.strong { 3 } else { 2 });
+        let stroke = ink.stroke_width(if line.look.strong { 3 * UNIT } else { 2 * UNIT });
         if line.look.dashed {
-            chart.draw_series(DashedLineSeries::new(path.iter().copied(), 6, 4, stroke))?;
+            chart.draw_series(DashedLineSeries::new(path.iter().copied(), 6 * UNIT, 4 * UNIT, stroke))?;
         } else {
             chart.draw_series(LineSeries::new(path.iter().copied(), stroke))?;
         }
         if line.spread == Spread::Whiskers {
             for p in points.iter().filter(|p| p.low < p.high) {
-                chart.draw_series([PathElement::new([at(p.x, p.low), at(p.x, p.high)], ink.stroke_width(1))])?;
+                chart.draw_series([PathElement::new([at(p.x, p.low), at(p.x, p.high)], ink.stroke_width(UNIT))])?;
             }
         }
         for &(px, py) in &path {
@@ -190,10 +194,11 @@ fn draw_on<'a>(root: &Area<'a>, plot: &Plot) -> Result<(), DrawError<'a>> {
 type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<Extent, Extent>>;
 
 fn draw_mark<'b>(chart: &mut Chart<'_, 'b>, at: (f64, f64), mark: Mark, ink: RGBColor, strong: bool) -> Result<(), DrawError<'b>> {
+    // In units of the page, as if drawn at size.
     let r = if strong { 5 } else { 4 };
     let corners: Vec<(i32, i32)> = match mark {
         Mark::None => return Ok(()),
-        Mark::Circle => return chart.draw_series([Circle::new(at, r, ink.filled())]).map(drop),
+        Mark::Circle => return chart.draw_series([Circle::new(at, r * UNIT as i32, ink.filled())]).map(drop),
         Mark::Square => vec![(-r, -r), (r, -r), (r, r), (-r, r)],
         Mark::Diamond => vec![(0, -r - 2), (r + 1, 0), (0, r + 2), (-r - 1, 0)],
         Mark::TriangleUp => vec![(0, -r - 1), (r + 1, r), (-r - 1, r)],
@@ -201,6 +206,7 @@ fn draw_mark<'b>(chart: &mut Chart<'_, 'b>, at: (f64, f64), mark: Mark, ink: RGB
         Mark::Cross => vec![(-5, -3), (-3, -5), (0, -2), (3, -5), (5, -3), (2, 0), (5, 3), (3, 5), (0, 2), (-3, 5), (-5, 3), (-2, 0)],
         Mark::Bar => vec![(-2, -r - 2), (2, -r - 2), (2, r + 2), (-2, r + 2)],
     };
+    let corners: Vec<(i32, i32)> = corners.into_iter().map(|(x, y)| (x * UNIT as i32, y * UNIT as i32)).collect();
     chart.draw_series([EmptyElement::at(at) + Polygon::new(corners, ink.filled())]).map(drop)
 }
 

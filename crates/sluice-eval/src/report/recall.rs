@@ -97,8 +97,8 @@ fn recall_figures(rows: &[&RecallRow], looks: &Looks) -> Vec<Figure> {
         let title = format!("Answer tokens right by depth, {} tokens kept", count(budget));
         let alt = describe(&title, "depth", &lines, percent, percent);
         let legend = lines.iter().map(|l| l.look.clone()).collect();
-        let x =
-            Axis { label: "depth of the fact in the text".into(), scale: Scale::Linear, include: vec![], ticks: vec![], format: percent };
+        let ticks = lines.iter().flat_map(|l| &l.points).map(|p| p.x).collect();
+        let x = Axis { label: "depth of the fact in the text".into(), scale: Scale::Linear, include: vec![], ticks, format: percent };
         let drawing = plots::draw(&Plot { x, y: y(), lines, reference: None }, &alt);
         figures.push(Figure { title, drawing, legend, wide: false });
     }

@@ -147,7 +147,7 @@ pub(super) fn headlines(report: &Report) -> Vec<Headline> {
         }
         let speeds = cost.rows.iter().filter_map(|r| Some((r.context, r.routed.decode_tokens_per_s?, r.dense.decode_tokens_per_s?)));
         if let Some((context, routed, dense)) = speeds.max_by_key(|s| s.0) {
-            let label = format!("decoding speed of dense at {} tokens ({} tokens/s)", count(context), speed(routed));
+            let label = format!("the decoding speed of dense at {} tokens ({} tokens/s)", count(context), speed(routed));
             found.push(Headline { value: times(routed / dense), label });
         }
     }

@@ -25,7 +25,7 @@ pub(super) fn curves(curves: &Curves) -> Section {
         let cells = [stage.stage.clone(), stage.loss.clone(), count(last.step as usize), loss(first.loss), loss(last.loss), held_out];
         rows.push(Row { cells: cells.map(Cell::from).to_vec(), ..Row::default() });
     }
-    let columns = strings(&["Stage", "Loss", "Steps", "First", "Last", "Last on held-out text"]);
+    let columns = strings(&["Stage", "Loss", "Last step", "First", "Last", "Last on held-out text"]);
     let table = Table { caption: "Where each curve begins and ends.".into(), columns, n_names: 2, rows, folded: false };
     let lead = "Loss against step, stage by stage; the stages measure different things, so their heights do not compare. Where steps are \
                 many, a point is the mean of several and the band shows their range. Good: falling, then flat, with the held-out line along \
@@ -86,7 +86,8 @@ pub(super) fn health(health: &Health) -> Section {
         let alt = describe(title, "layer", &lines, |v| format!("{v:.0}"), format);
         let legend = if lines.len() > 1 { lines.iter().map(|l| l.look.clone()).collect() } else { Vec::new() };
         let x = Axis { label: "layer".into(), scale: Scale::Linear, include: vec![], ticks: vec![], format: whole };
-        let y = Axis { label: String::new(), scale, include, ticks: vec![], format };
+        let ticks = if include.contains(&1.0) { vec![0.0, 0.25, 0.5, 0.75, 1.0] } else { vec![] };
+        let y = Axis { label: String::new(), scale, include, ticks, format };
         Figure { title: title.into(), drawing: plots::draw(&Plot { x, y, lines, reference: None }, &alt), legend, wide: false }
     };
     let mut figures = Vec::new();
