@@ -5,6 +5,7 @@
 //! left `lse`. Knows nothing about gates or labels' logarithms.
 
 mod cpu;
+mod tile;
 
 #[cfg(test)]
 mod naive;
