@@ -6,6 +6,7 @@ mod commands;
 mod models;
 mod progress;
 mod sampling;
+mod training_data;
 
 use clap::{Parser, Subcommand};
 

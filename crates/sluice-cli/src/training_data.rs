@@ -1,23 +1,24 @@
 //! Batches for `sluice train`: windows of text and generated recall documents, each a function of seed and step.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use sluice_data::recall::{self, RecallConfig};
-use sluice_data::{Tokenizer, embedded};
+use sluice_data::embedded::{self, Split};
+use sluice_data::recall::{Filler, RecallConfig, RecallGenerator};
+use sluice_data::Tokenizer;
 use sluice_model::Decoder;
 use sluice_model::checkpoint::export_hf;
-use sluice_spec::TextConfig;
 use sluice_tensor::DType;
 use sluice_train::documents::Documents;
 use sluice_train::hash::mix;
 use sluice_train::pretrain::{Batch, TrainConfig};
 
-/// Tokenised texts and what is needed to make more.
+/// Tokenised texts, and generators of recall documents for every context length of a recipe.
 pub(crate) struct TrainingData {
     tokenizer: Tokenizer,
     documents: Documents,
-    prose: Documents,
+    recall: BTreeMap<usize, RecallGenerator>,
 }
 
 impl TrainingData {
@@ -25,15 +26,21 @@ impl TrainingData {
     pub(crate) fn new(config: &TrainConfig) -> Result<Self> {
         let tokenizer = embedded::tokenizer();
         tokenizer.check_fits(config.model.vocab_size)?;
-        let mut texts: Vec<String> = embedded::training_documents().map(|d| d.text.to_string()).collect();
+        let embedded: Vec<_> = embedded::documents().into_iter().filter(|d| d.split == Split::Train).collect();
+        let prose: Vec<&str> = embedded.iter().filter(|d| d.domain == "prose" || d.domain == "speech").map(|d| d.text.as_str()).collect();
+        let filler = Filler::new(&tokenizer, &prose);
+        let recall = config.phases.iter().map(|phase| {
+            let len = phase.context + 1;
+            (len, RecallGenerator::new(RecallConfig::training(len), &tokenizer, filler.clone()))
+        });
+        let recall = recall.collect();
+        let mut texts: Vec<String> = embedded.into_iter().map(|d| d.text).collect();
         for path in &config.data.text {
             let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the training text {path} as UTF-8"))?;
             texts.extend(text.split('\u{c}').map(str::to_string));
         }
         let tokenised = tokenizer.encode_batch(&texts.iter().map(String::as_str).collect::<Vec<_>>());
-        let prose: Vec<String> = embedded::training_documents().filter(|d| d.domain == "prose" || d.domain == "speech").map(|d| d.text.to_string()).collect();
-        let prose = tokenizer.encode_batch(&prose.iter().map(String::as_str).collect::<Vec<_>>());
-        Ok(Self { documents: Documents::new(tokenised, 64)?, prose: Documents::new(prose, 64)?, tokenizer })
+        Ok(Self { documents: Documents::new(tokenised, 64)?, recall, tokenizer })
     }
 
     /// Tokens of text, recall documents not counted.
@@ -44,34 +51,29 @@ impl TrainingData {
     /// The batch of a step.
     pub(crate) fn batch(&self, config: &TrainConfig, step: u64) -> Batch {
         let phase = config.phase(step);
+        let len = phase.context + 1;
         let sequences: Vec<_> = (0..phase.batch as u64)
             .map(|row| {
                 let hash = mix(config.seed ^ (step << 8), row);
-                if ((hash >> 11) as f64) < config.data.recall_share * (1u64 << 53) as f64 {
-                    let document = self.recall(hash, phase.context + 1);
-                    let mut weights = vec![1.0; document.tokens.len()];
-                    for answer in &document.answers {
-                        weights[answer.start..answer.start + answer.len].fill(config.data.answer_weight);
-                    }
-                    (document.tokens, weights)
+                let (tokens, answers) = if ((hash >> 11) as f64) < config.data.recall_share * (1u64 << 53) as f64 {
+                    let document = self.recall[&len].document(hash);
+                    (document.tokens, document.answers)
                 } else {
-                    let tokens = self.documents.window(hash, phase.context + 1).to_vec();
-                    let weights = vec![1.0; tokens.len()];
-                    (tokens, weights)
+                    (self.documents.window(hash, len).to_vec(), Vec::new())
+                };
+                let mut weights = vec![1.0; tokens.len()];
+                for answer in answers {
+                    weights[answer.start..answer.start + answer.len].fill(config.data.answer_weight);
                 }
+                (tokens, weights)
             })
             .collect();
         Batch::of(&sequences)
     }
 
-    fn recall(&self, seed: u64, len: usize) -> recall::RecallDocument {
-        let filler = self.prose.window(mix(seed, 7), len);
-        recall::document(seed, &RecallConfig::training(len), &self.tokenizer, filler)
-    }
-
     /// Write the model as a Hugging Face folder in bf16.
     pub(crate) fn export(&self, model: &Decoder, out: &Path) -> Result<()> {
-        let text: &TextConfig = self.tokenizer.text_config();
+        let text = self.tokenizer.text_config();
         export_hf(out, &model.config, &model.base_tensors(), text, Some(&self.tokenizer.to_json()), None, DType::Bf16)?;
         Ok(())
     }

@@ -1,6 +1,10 @@
 //! Held-out loss, needles, baselines and the report.
 
 pub mod bootstrap;
+pub mod inside;
+pub mod nll;
+pub mod quality;
+pub mod recall;
 pub mod needle;
 pub mod report;
 mod rng;

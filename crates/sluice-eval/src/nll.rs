@@ -26,7 +26,7 @@ pub fn window_nll(model: &Decoder, tokens: &[u32], plan: &AttentionPlan, from: u
     let h = hidden.h.value().reshape([t, model.config.d_model]);
     let targets: Vec<u32> = tokens[1..].iter().copied().chain([0]).collect();
     let weights: Vec<f32> = (0..t).map(|i| if i + 1 >= from && i + 1 < t { 1.0 } else { 0.0 }).collect();
-    let scored = output_head::cross_entropy(&h, &model.head().value, &targets, &weights, Wanted { input: false, weight: false });
+    let scored = output_head::cross_entropy(&h, &model.head().value, &targets, &weights, Wanted::NOTHING);
     WindowNll {
         nll: scored.nll[from - 1..t - 1].to_vec(),
         top1: scored.top1[from - 1..t - 1].iter().zip(&tokens[from..]).map(|(a, b)| a == b).collect(),

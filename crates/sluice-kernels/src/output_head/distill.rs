@@ -47,6 +47,8 @@ pub struct Distill {
     pub nll_teacher: Vec<f32>,
     /// Whether both have the same most likely token.
     pub agree: Vec<bool>,
+    /// The student's most likely token, the lowest among equals.
+    pub top1_student: Vec<u32>,
     /// `[n, M_s]`.
     pub dh: Option<Tensor>,
     /// `[V, M_s]`.
@@ -118,6 +120,7 @@ pub(super) fn in_chunks(
         nll_student: with_targets.iter().map(|r| r.nll_student).collect(),
         nll_teacher: with_targets.iter().map(|r| r.nll_teacher).collect(),
         agree: all.iter().map(|r| r.agree).collect(),
+        top1_student: all.iter().map(|r| r.top1_student).collect(),
         dh,
         dw,
     }
@@ -130,6 +133,7 @@ struct RowLosses {
     nll_student: f32,
     nll_teacher: f32,
     agree: bool,
+    top1_student: u32,
 }
 
 /// Losses of one row; with a weight, `z_s` becomes the gradient of the weighted loss.
@@ -137,12 +141,12 @@ fn row_losses(z_s: &mut [f32], z_t: &[f32], target: Option<usize>, terms: &Disti
     let (Some((best_s, max_s)), Some((best_t, max_t))) = (argmax(z_s), argmax(z_t)) else {
         // No number among the logits: the run has diverged, and the losses must say so.
         z_s.fill(f32::NAN);
-        return RowLosses { kl: f32::NAN, boundary: f32::NAN, nll_student: f32::NAN, nll_teacher: f32::NAN, agree: false };
+        return RowLosses { kl: f32::NAN, boundary: f32::NAN, nll_student: f32::NAN, nll_teacher: f32::NAN, agree: false, top1_student: u32::MAX };
     };
     let inv_temperature = 1.0 / terms.temperature;
     let (student, teacher) = (Softmax::of(z_s, max_s, inv_temperature), Softmax::of(z_t, max_t, inv_temperature));
     let plain_student = if terms.temperature == 1.0 { student } else { Softmax::of(z_s, max_s, 1.0) };
-    let mut losses = RowLosses { agree: best_s == best_t, ..RowLosses::default() };
+    let mut losses = RowLosses { agree: best_s == best_t, top1_student: best_s as u32, ..RowLosses::default() };
     if let Some(target) = target {
         losses.nll_student = -plain_student.log_probability(z_s[target]);
         let plain_teacher = if terms.temperature == 1.0 { teacher } else { Softmax::of(z_t, max_t, 1.0) };
