@@ -88,8 +88,11 @@ vectorised! {
                 acc[i] += exp(x[i] - shift);
             }
         }
-        for (a, x) in acc.iter_mut().zip(rest) {
-            *a += exp(x - shift);
+        if !rest.is_empty() {
+            let x = padded(rest, f32::NEG_INFINITY);
+            for i in 0..LANES {
+                acc[i] += exp(x[i] - shift);
+            }
         }
         add_lanes(acc)
     }
@@ -106,9 +109,13 @@ vectorised! {
                 acc[i] += x[i];
             }
         }
-        for (a, x) in acc.iter_mut().zip(rest) {
-            *x = exp(*x - shift);
-            *a += *x;
+        if !rest.is_empty() {
+            let mut x = padded(rest, f32::NEG_INFINITY);
+            for i in 0..LANES {
+                x[i] = exp(x[i] - shift);
+                acc[i] += x[i];
+            }
+            rest.copy_from_slice(&x[..rest.len()]);
         }
         add_lanes(acc)
     }
@@ -124,10 +131,20 @@ vectorised! {
                 acc[i] = if x[i] > acc[i] { x[i] } else { acc[i] };
             }
         }
-        for (a, &x) in acc.iter_mut().zip(rest) {
-            *a = if x > *a { x } else { *a };
+        if !rest.is_empty() {
+            let x = padded(rest, f32::NEG_INFINITY);
+            for i in 0..LANES {
+                acc[i] = if x[i] > acc[i] { x[i] } else { acc[i] };
+            }
         }
-        acc.into_iter().fold(f32::NEG_INFINITY, f32::max)
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                acc[i] = if acc[i + half] > acc[i] { acc[i + half] } else { acc[i] };
+            }
+            half /= 2;
+        }
+        acc[0]
     }
 }
 
@@ -147,8 +164,11 @@ vectorised! {
                 acc[i] += x[i];
             }
         }
-        for (a, x) in acc.iter_mut().zip(rest) {
-            *a += x;
+        if !rest.is_empty() {
+            let x = padded(rest, 0.0);
+            for i in 0..LANES {
+                acc[i] += x[i];
+            }
         }
         add_lanes(acc)
     }
@@ -216,10 +236,22 @@ pub(crate) fn dot_body(xs: &[f32], ys: &[f32]) -> f32 {
             acc[i] = x[i].mul_add(y[i], acc[i]);
         }
     }
-    for (a, (x, y)) in acc.iter_mut().zip(x_rest.iter().zip(y_rest)) {
-        *a = x.mul_add(*y, *a);
+    if !x_rest.is_empty() {
+        let (x, y) = (padded(x_rest, 0.0), padded(y_rest, 0.0));
+        for i in 0..LANES {
+            acc[i] = x[i].mul_add(y[i], acc[i]);
+        }
     }
     add_lanes(acc)
+}
+
+/// What is left of a slice, filled up to whole lanes. (Adding it to single lanes instead would index the
+/// accumulators by a variable, and the compiler would keep them in memory.)
+#[inline(always)]
+fn padded(rest: &[f32], fill: f32) -> [f32; LANES] {
+    let mut lanes = [fill; LANES];
+    lanes[..rest.len()].copy_from_slice(rest);
+    lanes
 }
 
 /// `e^x` within one unit in the last place, without a branch. `exp(-inf) = 0`, NaN stays NaN.

@@ -17,6 +17,9 @@ const CASES: &[Case] = &[
     Case { lead: &[100], n_in: 1000, n_out: 63 },
     Case { lead: &[1], n_in: 1000, n_out: 1000 },
     Case { lead: &[5], n_in: 64, n_out: 1 },
+    Case { lead: &[8], n_in: 100, n_out: 333 },
+    Case { lead: &[16], n_in: 100, n_out: 333 },
+    Case { lead: &[17], n_in: 100, n_out: 333 },
     Case { lead: &[0], n_in: 63, n_out: 5 },
     Case { lead: &[4], n_in: 0, n_out: 5 },
     Case { lead: &[4], n_in: 5, n_out: 0 },
@@ -121,4 +124,17 @@ fn thread_count_does_not_change_a_bit() {
 #[should_panic(expected = "linear of x [2, 3] and w [4, 5]")]
 fn wrong_width_is_refused() {
     fwd(&Tensor::zeros([2, 3]), &Tensor::zeros([4, 5]), None);
+}
+
+#[test]
+fn a_row_among_few_has_the_bits_of_the_row_alone() {
+    let mut rng = Rng::new(9);
+    for dtype in [DType::F32, DType::Bf16] {
+        let (x, w) = (rng.normal_tensor([7, 333]), rng.normal_tensor([250, 333]).to_dtype(dtype));
+        let together = fwd(&x, &w, None);
+        for i in 0..7 {
+            let alone = fwd(&Tensor::from_vec(x.f32()[i * 333..(i + 1) * 333].to_vec(), [1, 333]), &w, None);
+            assert_eq!(alone.f32(), &together.f32()[i * 250..(i + 1) * 250], "row {i} with {dtype:?}");
+        }
+    }
 }

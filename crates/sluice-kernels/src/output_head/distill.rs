@@ -141,7 +141,14 @@ fn row_losses(z_s: &mut [f32], z_t: &[f32], target: Option<usize>, terms: &Disti
     let (Some((best_s, max_s)), Some((best_t, max_t))) = (argmax(z_s), argmax(z_t)) else {
         // No number among the logits: the run has diverged, and the losses must say so.
         z_s.fill(f32::NAN);
-        return RowLosses { kl: f32::NAN, boundary: f32::NAN, nll_student: f32::NAN, nll_teacher: f32::NAN, agree: false, top1_student: u32::MAX };
+        return RowLosses {
+            kl: f32::NAN,
+            boundary: f32::NAN,
+            nll_student: f32::NAN,
+            nll_teacher: f32::NAN,
+            agree: false,
+            top1_student: u32::MAX,
+        };
     };
     let inv_temperature = 1.0 / terms.temperature;
     let (student, teacher) = (Softmax::of(z_s, max_s, inv_temperature), Softmax::of(z_t, max_t, inv_temperature));

@@ -275,12 +275,12 @@ fn chunks_of_any_size_give_the_same_result() {
         let parts = distill::in_chunks(h_s, w_s, h_t, w_t, Some(targets), weights, TERMS, BOTH, per_chunk);
         assert_close("kl", &parts.kl, &whole.kl, 2e-6);
         assert_close("boundary", &parts.boundary, &whole.boundary, 1e-5);
-        assert_close("dh", parts.dh.unwrap().f32(), whole.dh.as_ref().unwrap().f32(), 2e-6);
-        assert_close("dw", parts.dw.unwrap().f32(), whole.dw.as_ref().unwrap().f32(), 1e-5);
+        assert_close("dh", parts.dh.unwrap().f32(), whole.dh.as_ref().unwrap().f32(), 1e-5);
+        assert_close("dw", parts.dw.unwrap().f32(), whole.dw.as_ref().unwrap().f32(), 2e-5);
         let parts_ce = cross_entropy::in_chunks(h_s, w_s, targets, weights, BOTH, per_chunk);
         assert_close("nll", &parts_ce.nll, &whole_ce.nll, 2e-6);
-        assert_close("dh", parts_ce.dh.unwrap().f32(), whole_ce.dh.as_ref().unwrap().f32(), 2e-6);
-        assert_close("dw", parts_ce.dw.unwrap().f32(), whole_ce.dw.as_ref().unwrap().f32(), 1e-5);
+        assert_close("dh", parts_ce.dh.unwrap().f32(), whole_ce.dh.as_ref().unwrap().f32(), 1e-5);
+        assert_close("dw", parts_ce.dw.unwrap().f32(), whole_ce.dw.as_ref().unwrap().f32(), 2e-5);
     }
 }
 
