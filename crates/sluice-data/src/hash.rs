@@ -28,13 +28,6 @@ impl Rng {
         ((self.bits() as u128 * n as u128) >> 64) as usize
     }
 
-    /// An index, with probability proportional to its share of the last of these running sums.
-    pub(crate) fn index_by_cumulative(&mut self, sums: &[f64]) -> usize {
-        let total = *sums.last().expect("at least one sum");
-        let at = self.uniform() * total;
-        sums.partition_point(|&sum| sum <= at).min(sums.len() - 1)
-    }
-
     pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
             items.swap(i, self.below(i + 1));
@@ -61,15 +54,5 @@ mod tests {
         let mean = (0..10_000).map(|step| Rng::of(&[7, step]).uniform()).sum::<f64>() / 10_000.0;
         assert!((mean - 0.5).abs() < 0.01, "{mean}");
         assert_ne!(Rng::of(&[1, 2]).bits(), Rng::of(&[2, 1]).bits());
-    }
-
-    #[test]
-    fn weighted_draws_follow_the_weights() {
-        let mut counts = [0; 3];
-        for i in 0..30_000 {
-            counts[Rng::of(&[i]).index_by_cumulative(&[1.0, 1.0, 4.0])] += 1;
-        }
-        assert_eq!(counts[1], 0, "a weight of zero is never drawn");
-        assert!((counts[0] as f64 / 30_000.0 - 0.25).abs() < 0.01, "{counts:?}");
     }
 }
