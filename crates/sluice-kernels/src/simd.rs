@@ -5,7 +5,10 @@
 //! compiles it inside a function with the right target features. Pointers are moved with `wrapping_add`: it
 //! carries no checks of debug builds into the inner loops.
 
-/// Operations on `LANES` numbers. All methods are unsafe for one reason: they may only run on a machine
+/// Operations on `LANES` numbers. Call them from loops and never from closures, which are functions of their own
+/// without the target features: an instruction inside becomes a call.
+///
+/// All methods are unsafe for one reason: they may only run on a machine
 /// that has the implementing type's instructions.
 pub(crate) trait Simd: Copy {
     /// Numbers in one vector; divides 16.
@@ -13,8 +16,22 @@ pub(crate) trait Simd: Copy {
 
     /// All lanes `x`.
     unsafe fn splat(x: f32) -> Self;
+    /// All lanes the number at `from`.
+    unsafe fn broadcast(from: *const f32) -> Self;
     /// Read `LANES` numbers; any alignment.
     unsafe fn load(from: *const f32) -> Self;
+    /// Read `N` vectors that follow each other.
+    #[inline(always)]
+    unsafe fn load_array<const N: usize>(from: *const f32) -> [Self; N] {
+        // SAFETY: the caller vouches for N x LANES readable numbers.
+        unsafe {
+            let mut x = [Self::splat(0.0); N];
+            for i in 0..N {
+                x[i] = Self::load(from.wrapping_add(i * Self::LANES));
+            }
+            x
+        }
+    }
     /// Write `LANES` numbers; any alignment.
     unsafe fn store(self, to: *mut f32);
     /// `self + b`.
@@ -46,10 +63,9 @@ pub(crate) trait Simd: Copy {
             let x = Self::splat(-150.0).max(self);
             let n = x.round();
             let f = x.sub(n);
-            let mut p = Self::splat(C[6]);
-            for &c in C[..6].iter().rev() {
-                p = p.mul_add(f, Self::splat(c));
-            }
+            let p = Self::splat(C[6]).mul_add(f, Self::splat(C[5])).mul_add(f, Self::splat(C[4]));
+            let p = p.mul_add(f, Self::splat(C[3])).mul_add(f, Self::splat(C[2]));
+            let p = p.mul_add(f, Self::splat(C[1])).mul_add(f, Self::splat(C[0]));
             p.scale_by_power(n)
         }
     }
@@ -72,6 +88,11 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         Self([x; 8])
+    }
+    #[inline(always)]
+    unsafe fn broadcast(from: *const f32) -> Self {
+        // SAFETY: the caller vouches for a readable number.
+        Self([unsafe { *from }; 8])
     }
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
@@ -140,12 +161,18 @@ mod x86 {
             unsafe { _mm512_set1_ps(x) }
         }
         #[inline(always)]
+        unsafe fn broadcast(from: *const f32) -> Self {
+            unsafe { _mm512_broadcastss_ps(_mm_load_ss(from)) }
+        }
+        // Loads and stores with a full mask become plain ones. The plain intrinsics are reads and writes of the
+        // core library, which debug builds precede with checks of the pointer, a dozen instructions each.
+        #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
-            unsafe { _mm512_loadu_ps(from) }
+            unsafe { _mm512_maskz_loadu_ps(u16::MAX, from) }
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
-            unsafe { _mm512_storeu_ps(to, self) }
+            unsafe { _mm512_mask_storeu_ps(to, u16::MAX, self) }
         }
         #[inline(always)]
         unsafe fn add(self, b: Self) -> Self {
@@ -192,6 +219,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             unsafe { _mm256_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn broadcast(from: *const f32) -> Self {
+            unsafe { _mm256_broadcastss_ps(_mm_load_ss(from)) }
         }
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
@@ -266,6 +297,10 @@ mod arm {
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
             unsafe { vdupq_n_f32(x) }
+        }
+        #[inline(always)]
+        unsafe fn broadcast(from: *const f32) -> Self {
+            unsafe { vld1q_dup_f32(from) }
         }
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {

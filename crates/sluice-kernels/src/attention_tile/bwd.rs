@@ -140,8 +140,8 @@ unsafe fn panel<V: Simd, const N: usize, const M: usize>(
         for i in 0..d * N {
             V::splat(0.0).store(dqt.wrapping_add(i * V::LANES));
         }
-        let lse: [V; N] = std::array::from_fn(|i| V::load(lse.as_ptr().wrapping_add(i * V::LANES)));
-        let delta: [V; N] = std::array::from_fn(|i| V::load(delta.as_ptr().wrapping_add(i * V::LANES)));
+        let lse: [V; N] = V::load_array(lse.as_ptr());
+        let delta: [V; N] = V::load_array(delta.as_ptr());
         let mut unused_max = [V::splat(0.0); N];
         while keys.fill(&mut step, x, b, g) {
             let add = tile.masks.add.as_ptr();

@@ -70,7 +70,10 @@ unsafe fn query<V: Simd, const R: usize>(
     unsafe {
         let mut j = 0;
         while j + KEYS <= seen.len() {
-            let keys: [*const f32; KEYS] = std::array::from_fn(|m| x.k.as_ptr().wrapping_add(x.key_at(b, seen[j + m].0, g)));
+            let mut keys = [x.k.as_ptr(); KEYS];
+            for m in 0..KEYS {
+                keys[m] = keys[m].wrapping_add(x.key_at(b, seen[j + m].0, g));
+            }
             let dots = dots::<V, R, KEYS>(q, keys, d);
             for m in 0..KEYS {
                 for r in 0..R {
@@ -126,7 +129,13 @@ unsafe fn dots<V: Simd, const R: usize, const M: usize>(q: *const f32, keys: [*c
     unsafe {
         let mut acc = [[V::splat(0.0); R]; M];
         for i in (0..d).step_by(V::LANES) {
-            let q: [V; R] = std::array::from_fn(|r| V::load(q.wrapping_add(r * d + i)));
+            let q: [V; R] = {
+                let mut x = [V::splat(0.0); R];
+                for r in 0..R {
+                    x[r] = V::load(q.wrapping_add(r * d + i));
+                }
+                x
+            };
             for m in 0..M {
                 let key = V::load(keys[m].wrapping_add(i));
                 for r in 0..R {
@@ -134,7 +143,13 @@ unsafe fn dots<V: Simd, const R: usize, const M: usize>(q: *const f32, keys: [*c
                 }
             }
         }
-        acc.map(|row| row.map(|x| x.sum()))
+        let mut sums = [[0.0; R]; M];
+        for m in 0..M {
+            for r in 0..R {
+                sums[m][r] = acc[m][r].sum();
+            }
+        }
+        sums
     }
 }
 
@@ -156,9 +171,9 @@ unsafe fn average<V: Simd, const R: usize, const N: usize>(
         let mut acc = [[V::splat(0.0); N]; R];
         for (j, &(row, _)) in seen.iter().enumerate() {
             let value = x.v.as_ptr().wrapping_add(x.key_at(b, row, g) + i);
-            let value: [V; N] = std::array::from_fn(|n| V::load(value.wrapping_add(n * V::LANES)));
+            let value: [V; N] = V::load_array(value);
             for r in 0..R {
-                let weight = V::splat(weights.wrapping_add(r * stride + j).read_unaligned());
+                let weight = V::broadcast(weights.wrapping_add(r * stride + j));
                 for n in 0..N {
                     acc[r][n] = weight.mul_add(value[n], acc[r][n]);
                 }

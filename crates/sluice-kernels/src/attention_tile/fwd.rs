@@ -129,8 +129,9 @@ unsafe fn panel<V: Simd, const N: usize, const M: usize>(
             let old = max;
             let add = tile.masks.add.as_ptr();
             products::logits::<V, N, M>(step.n, step.n_plain, x.k.as_ptr(), &step.at, &step.mask, add, &place.query, d, q, p, &mut max);
-            let keep: [V; N] = std::array::from_fn(|i| old[i].sub(max[i]).exp2());
+            let mut keep = [V::splat(0.0); N];
             for i in 0..N {
+                keep[i] = old[i].sub(max[i]).exp2();
                 sum[i] = sum[i].mul(keep[i]);
             }
             for j in 0..step.n {

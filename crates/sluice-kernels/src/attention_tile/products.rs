@@ -28,7 +28,7 @@ pub(super) unsafe fn logits<V: Simd, const N: usize, const M: usize>(
     while j + M <= n {
         // SAFETY: the caller's contract; `j + M <= n`.
         unsafe {
-            let mut acc = dots::<V, N, M>(std::array::from_fn(|m| base.wrapping_add(at[j + m])), d, panel);
+            let mut acc = dots::<V, N, M>(base, &at[j..], d, panel);
             if j + M > n_plain {
                 for m in 0..M {
                     let row = add.wrapping_add(mask[j + m] as usize * super::QUERIES);
@@ -49,7 +49,7 @@ pub(super) unsafe fn logits<V: Simd, const N: usize, const M: usize>(
     while j < n {
         // SAFETY: the caller's contract; `j < n`.
         unsafe {
-            let [mut acc] = dots::<V, N, 1>([base.wrapping_add(at[j])], d, panel);
+            let [mut acc] = dots::<V, N, 1>(base, &at[j..], d, panel);
             let row = add.wrapping_add(mask[j] as usize * super::QUERIES);
             for i in 0..N {
                 acc[i] = acc[i].add(V::load(row.wrapping_add(lane_at[i])));
@@ -76,7 +76,7 @@ pub(super) unsafe fn inner<V: Simd, const N: usize, const M: usize>(
     while j + M <= n {
         // SAFETY: the caller's contract; `j + M <= n`.
         unsafe {
-            let acc = dots::<V, N, M>(std::array::from_fn(|m| base.wrapping_add(at[j + m])), d, panel);
+            let acc = dots::<V, N, M>(base, &at[j..], d, panel);
             for m in 0..M {
                 for i in 0..N {
                     acc[m][i].store(out.wrapping_add((j + m) * lanes + i * V::LANES));
@@ -88,7 +88,7 @@ pub(super) unsafe fn inner<V: Simd, const N: usize, const M: usize>(
     while j < n {
         // SAFETY: the caller's contract; `j < n`.
         unsafe {
-            let [acc] = dots::<V, N, 1>([base.wrapping_add(at[j])], d, panel);
+            let [acc] = dots::<V, N, 1>(base, &at[j..], d, panel);
             for i in 0..N {
                 acc[i].store(out.wrapping_add(j * lanes + i * V::LANES));
             }
@@ -99,14 +99,18 @@ pub(super) unsafe fn inner<V: Simd, const N: usize, const M: usize>(
 
 /// Inner products of `M` rows of `d` numbers with the lanes of `panel [d, lanes]`.
 #[inline(always)]
-unsafe fn dots<V: Simd, const N: usize, const M: usize>(rows: [*const f32; M], d: usize, panel: *const f32) -> [[V; N]; M] {
+unsafe fn dots<V: Simd, const N: usize, const M: usize>(base: *const f32, at: &[usize], d: usize, panel: *const f32) -> [[V; N]; M] {
+    let mut rows = [base; M];
+    for m in 0..M {
+        rows[m] = base.wrapping_add(at[m]);
+    }
     // SAFETY: the caller's contract.
     unsafe {
         let mut acc = [[V::splat(0.0); N]; M];
         for i in 0..d {
-            let lanes: [V; N] = std::array::from_fn(|n| V::load(panel.wrapping_add((i * N + n) * V::LANES)));
+            let lanes: [V; N] = V::load_array(panel.wrapping_add(i * N * V::LANES));
             for m in 0..M {
-                let x = V::splat(rows[m].wrapping_add(i).read_unaligned());
+                let x = V::broadcast(rows[m].wrapping_add(i));
                 for n in 0..N {
                     acc[m][n] = x.mul_add(lanes[n], acc[m][n]);
                 }
@@ -155,9 +159,9 @@ unsafe fn outer_rows<V: Simd, const N: usize, const M: usize>(
         let mut acc = [[V::splat(0.0); N]; M];
         for (j, &at) in at[..n].iter().enumerate() {
             let row = base.wrapping_add(at);
-            let lanes: [V; N] = std::array::from_fn(|i| V::load(weights.wrapping_add((j * N + i) * V::LANES)));
+            let lanes: [V; N] = V::load_array(weights.wrapping_add(j * N * V::LANES));
             for m in 0..M {
-                let x = V::splat(row.wrapping_add(m).read_unaligned());
+                let x = V::broadcast(row.wrapping_add(m));
                 for i in 0..N {
                     acc[m][i] = x.mul_add(lanes[i], acc[m][i]);
                 }
@@ -206,16 +210,19 @@ unsafe fn scatter_rows<V: Simd, const M: usize>(
     out: *mut f32,
     to: &[u32],
 ) {
-    let to: [*mut f32; M] = std::array::from_fn(|m| out.wrapping_add(to[m] as usize * width));
+    let mut rows_of_out = [out; M];
+    for m in 0..M {
+        rows_of_out[m] = out.wrapping_add(to[m] as usize * width);
+    }
     let mut i = 0;
     while i + 2 * V::LANES <= width {
         // SAFETY: the caller's contract; two vectors fit at `i`.
-        unsafe { scatter_block::<V, 2, M>(lanes, weights, rows.wrapping_add(i), width, to.map(|to| to.wrapping_add(i))) };
+        unsafe { scatter_block::<V, 2, M>(lanes, weights, rows.wrapping_add(i), width, &rows_of_out, i) };
         i += 2 * V::LANES;
     }
     while i < width {
         // SAFETY: the caller's contract; `width` is a multiple of the lanes.
-        unsafe { scatter_block::<V, 1, M>(lanes, weights, rows.wrapping_add(i), width, to.map(|to| to.wrapping_add(i))) };
+        unsafe { scatter_block::<V, 1, M>(lanes, weights, rows.wrapping_add(i), width, &rows_of_out, i) };
         i += V::LANES;
     }
 }
@@ -226,15 +233,16 @@ unsafe fn scatter_block<V: Simd, const N: usize, const M: usize>(
     weights: *const f32,
     rows: *const f32,
     width: usize,
-    to: [*mut f32; M],
+    to: &[*mut f32; M],
+    column: usize,
 ) {
     // SAFETY: the caller's contract.
     unsafe {
         let mut acc = [[V::splat(0.0); N]; M];
         for l in 0..lanes {
-            let row: [V; N] = std::array::from_fn(|n| V::load(rows.wrapping_add(l * width + n * V::LANES)));
+            let row: [V; N] = V::load_array(rows.wrapping_add(l * width));
             for m in 0..M {
-                let x = V::splat(weights.wrapping_add(m * lanes + l).read_unaligned());
+                let x = V::broadcast(weights.wrapping_add(m * lanes + l));
                 for n in 0..N {
                     acc[m][n] = x.mul_add(row[n], acc[m][n]);
                 }
@@ -242,7 +250,7 @@ unsafe fn scatter_block<V: Simd, const N: usize, const M: usize>(
         }
         for m in 0..M {
             for n in 0..N {
-                let to = to[m].wrapping_add(n * V::LANES);
+                let to = to[m].wrapping_add(column + n * V::LANES);
                 V::load(to).add(acc[m][n]).store(to);
             }
         }
