@@ -135,7 +135,7 @@ pub struct StageRun {
 pub struct QualityTable {
     /// The text, for instance `prose: Persuasion`.
     pub text: String,
-    /// Whether nothing of its kind was trained on.
+    /// Whether it was kept out of training.
     #[serde(default)]
     pub held_out: bool,
     /// Tokens of one document.
@@ -192,7 +192,7 @@ impl QualityTable {
     }
 }
 
-/// Recall of planted facts, filled in by [`crate::needle::summarise`].
+/// Recall of planted facts, for instance from [`crate::needle::summarise`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Recall {
     /// Command that made the numbers; empty when it is the run's.
@@ -218,13 +218,13 @@ pub struct RecallRow {
     pub context: usize,
     /// Where the fact stands, 0 = start; absent for all depths together.
     pub depth: Option<f64>,
-    /// Prompts asked.
+    /// Questions asked.
     pub n_prompts: usize,
     /// Share of answer tokens that are the most likely ones.
     pub token_accuracy: Estimate,
-    /// Share of prompts that greedy decoding answers word for word.
+    /// Share of answers that greedy decoding gives word for word.
     pub exact_match: Estimate,
-    /// Share of prompts in which the true value is likelier than every other value.
+    /// Share of answers in which the true value is likelier than every other value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ranked_first: Option<Estimate>,
     /// Nats per answer token above dense.

@@ -13,7 +13,7 @@ pub(super) fn section(report: &Report, looks: &Looks) -> Option<Section> {
     let tables: Vec<&QualityTable> = report.quality.iter().filter(|t| !t.rows.is_empty()).collect();
     let mut parts = Vec::new();
     for table in &tables {
-        let held_out = if table.held_out { " (held out: nothing like it was trained on)" } else { "" };
+        let held_out = if table.held_out { " (held out from training)" } else { "" };
         parts.push(Part::Heading(format!("{}{held_out}", table.text)));
         parts.push(Part::Note(quality_note(table, report)));
         let mut figures = vec![quality_figure(table, looks, "Nats per token above dense (lower is better)", Scale::Root, Some(0.0), |r| {

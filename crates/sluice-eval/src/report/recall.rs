@@ -16,22 +16,22 @@ pub(super) fn section(recall: &Recall, looks: &Looks) -> Section {
     let contexts: BTreeSet<usize> = recall.rows.iter().map(|r| r.context).collect();
     for context in contexts {
         let rows: Vec<&RecallRow> = recall.rows.iter().filter(|r| r.context == context).collect();
-        let prompts = rows.iter().map(|r| r.n_prompts).max().unwrap_or(0);
-        parts.push(Part::Heading(format!("Prompts of {} tokens", count(context))));
+        let questions = rows.iter().map(|r| r.n_prompts).max().unwrap_or(0);
+        parts.push(Part::Heading(format!("Texts of {} tokens", count(context))));
         parts.push(Part::Figures(recall_figures(&rows, looks)));
-        parts.push(Part::Table(recall_by_depth(&rows, looks, context, prompts)));
+        parts.push(Part::Table(recall_by_depth(&rows, looks, context, questions)));
         parts.push(Part::Table(recall_in_full(&rows, looks, context)));
     }
     let distractors = match recall.n_distractors {
         0 => String::new(),
-        1 => ", beside another fact of the same form".into(),
-        n => format!(", beside {n} other facts of the same form"),
+        1 => ", beside another of the same form that is not asked for".into(),
+        n => format!(", beside {n} others of the same form that are not asked for"),
     };
     let lead = format!(
-        "A made-up fact with a random number is planted in a long text{distractors}, and asked for at the end. Depth 0 % is the start of the \
-         text, 100 % right before the question, where the window still sees it. Good: the gate as high as dense at every depth. A model \
-         that cannot answer with dense attention cannot show anything here: look at the dense row first. Intervals are 95 %, with \
-         prompts as independent trials."
+        "Made-up facts are planted in a long text{distractors}; the questions stand at its end. Depth 0 % is the start of the text, 100 % \
+         right before the question, where the window may still see the fact. Good: the gate as high as dense at every depth. A model that \
+         cannot answer with dense attention cannot show anything here: look at the dense row first. Intervals are 95 %, with answers as \
+         independent trials."
     );
     Section { id: "recall", title: "Recall of planted facts", lead, command: recall.command.clone(), parts }
 }
@@ -115,7 +115,7 @@ fn sorted_recall<'a>(rows: &[&'a RecallRow], looks: &Looks) -> Vec<&'a RecallRow
     sorted
 }
 
-fn recall_by_depth(rows: &[&RecallRow], looks: &Looks, context: usize, prompts: usize) -> Table {
+fn recall_by_depth(rows: &[&RecallRow], looks: &Looks, context: usize, questions: usize) -> Table {
     let mut depths: Vec<Option<f64>> = rows.iter().map(|r| r.depth).collect();
     depths.sort_by(|a, b| a.unwrap_or(2.0).total_cmp(&b.unwrap_or(2.0)));
     depths.dedup();
@@ -137,9 +137,9 @@ fn recall_by_depth(rows: &[&RecallRow], looks: &Looks, context: usize, prompts: 
     let name = |depth: &Option<f64>| depth.map_or("All depths".to_string(), |d| format!("Depth {}", percent(d)));
     Table {
         caption: format!(
-            "Share of answer tokens that are right, by depth; prompts of {} tokens, up to {} in a cell.",
+            "Share of answer tokens that are right, by depth; texts of {} tokens, up to {} questions in a cell.",
             count(context),
-            count(prompts)
+            count(questions)
         ),
         columns: strings(&["Budget", "Policy"]).into_iter().chain(depths.iter().map(name)).collect(),
         n_names: 2,
@@ -154,7 +154,7 @@ fn recall_in_full(rows: &[&RecallRow], looks: &Looks, context: usize) -> Table {
     let mut columns = strings(&["Budget", "Policy", "Depth", "Answer tokens right", "Whole answer right"]);
     columns.extend(ranked.then(|| "True value ranked first".into()));
     columns.extend(above.then(|| "Nats per answer token above dense".into()));
-    columns.push("Prompts".into());
+    columns.push("Questions".into());
     let mut before: Option<(usize, &str)> = None;
     let rows = sorted_recall(rows, looks)
         .into_iter()
@@ -175,5 +175,5 @@ fn recall_in_full(rows: &[&RecallRow], looks: &Looks, context: usize) -> Table {
             Row { cells, look: Some(look), opens_group }
         })
         .collect();
-    Table { caption: format!("Prompts of {} tokens: every measured number", count(context)), columns, n_names: 3, rows, folded: true }
+    Table { caption: format!("Texts of {} tokens: every measured number", count(context)), columns, n_names: 3, rows, folded: true }
 }
