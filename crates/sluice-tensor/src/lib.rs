@@ -2,6 +2,7 @@
 //! Knows nothing about models or tapes.
 
 pub mod gemm;
+pub mod gemm_bf16;
 pub mod memory;
 mod tensor;
 
