@@ -3,6 +3,8 @@
 #![expect(clippy::print_stdout, reason = "printing is what the command line is for")]
 
 mod commands;
+mod distill_data;
+mod distill_report;
 mod models;
 mod progress;
 mod sampling;
@@ -23,6 +25,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Distil a dense model into a routed one and report quality against budget
+    Distill(commands::distill::Args),
     /// Train a dense model from random weights
     Train(commands::train::Args),
     /// Evaluate a model under a routing policy
@@ -32,6 +36,11 @@ enum Command {
     Generate(commands::generate::Args),
     /// Talk to a chat model
     Chat(commands::chat::Args),
+    /// Download a model
+    Pull(commands::pull::Args),
+    /// Measure speed and memory
+    #[command(subcommand)]
+    Bench(commands::bench::Command),
     /// Print a model's config, tensors and cost by context
     Inspect(commands::inspect::Args),
     /// Print what this machine can compute with
@@ -55,11 +64,14 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?;
     }
     match cli.command {
+        Command::Distill(args) => commands::distill::run(&args),
         Command::Train(args) => commands::train::run(&args),
         Command::Eval(command) => commands::eval::run(&command),
         Command::Generate(args) => commands::generate::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Pull(args) => commands::pull::run(&args),
+        Command::Bench(command) => commands::bench::run(&command),
         Command::Devices(args) => commands::devices::run(&args),
     }
 }

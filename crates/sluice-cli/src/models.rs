@@ -4,13 +4,22 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use sluice_data::tokenizer::Tokenizer;
+use sluice_data::Tokenizer;
 use sluice_model::checkpoint::{self, Checkpoint};
 use sluice_model::{AttentionPlan, Decoder, Policy};
-use sluice_spec::RoutingConfig;
+use sluice_spec::{RoutingConfig, TokenizerSource};
 
 /// Folder for pulled models, relative to the working directory.
 pub(crate) const MODELS: &str = "models";
+
+/// Name of the embedded model.
+pub(crate) const TINY: &str = "tiny";
+
+/// Files of the embedded model: a Hugging Face folder, made by `sluice train --config recipes/tiny-teacher.toml`.
+const TINY_FILES: [(&str, &[u8]); 2] = [
+    ("config.json", include_bytes!("../../../assets/tiny-teacher/config.json")),
+    ("model.safetensors", include_bytes!("../../../assets/tiny-teacher/model.safetensors")),
+];
 
 /// A model with its tokenizer.
 pub(crate) struct Loaded {
@@ -21,15 +30,37 @@ pub(crate) struct Loaded {
     pub(crate) routing: Option<RoutingConfig>,
 }
 
+impl Loaded {
+    /// Whether this is the embedded model, the only one that was trained on recall documents.
+    pub(crate) fn is_tiny(&self) -> bool {
+        self.checkpoint.path == Path::new(TINY)
+    }
+}
+
+/// The embedded model, read the way every other one is: from a folder, here a temporary one.
+fn embedded() -> Result<Checkpoint> {
+    let folder = tempfile::tempdir().context("cannot create a temporary folder for the embedded model")?;
+    for (name, bytes) in TINY_FILES {
+        std::fs::write(folder.path().join(name), bytes).with_context(|| format!("cannot unpack the embedded model to {}", folder.path().display()))?;
+    }
+    let mut checkpoint = checkpoint::load(folder.path())?;
+    checkpoint.tokenizer = TokenizerSource::Missing; // the embedded texts bring their tokenizer
+    checkpoint.path = PathBuf::from(TINY);
+    Ok(checkpoint)
+}
+
 /// Load a model and, if given, gates for it.
 pub(crate) fn load(model: &str, gates: Option<&Path>) -> Result<Loaded> {
-    let mut checkpoint = checkpoint::load(&resolve(model)?)?;
+    let mut checkpoint = if model == TINY { embedded()? } else { checkpoint::load(&resolve(model)?)? };
     if let Some(path) = gates {
         checkpoint.gates = Some(checkpoint::load_gates(path, &checkpoint.config)?);
     }
     let decoder = Decoder::from_checkpoint(&checkpoint);
-    let tokenizer = Tokenizer::from_source(&checkpoint.tokenizer, &checkpoint.text)
-        .with_context(|| format!("the tokenizer of {}", checkpoint.path.display()))?;
+    let tokenizer = match model {
+        TINY => sluice_data::embedded::tokenizer(),
+        _ => Tokenizer::from_source(&checkpoint.tokenizer, &checkpoint.text)
+            .with_context(|| format!("the tokenizer of {}", checkpoint.path.display()))?,
+    };
     tokenizer.check_fits(checkpoint.config.vocab_size).with_context(|| checkpoint.path.display().to_string())?;
     let routing = checkpoint.gates.as_ref().map(|g| g.routing);
     // The decoder shares the tensors; what remains of the checkpoint is its metadata.

@@ -55,7 +55,11 @@ impl TrainingData {
         let sequences: Vec<_> = (0..phase.batch as u64)
             .map(|row| {
                 let hash = mix(config.seed ^ (step << 8), row);
-                let (tokens, answers) = if ((hash >> 11) as f64) < config.data.recall_share * (1u64 << 53) as f64 {
+                let drawn = (hash >> 11) as f64 / (1u64 << 53) as f64;
+                if drawn < phase.copy_share {
+                    return self.repetition(hash, len);
+                }
+                let (tokens, answers) = if drawn < phase.copy_share + config.data.recall_share * (1.0 - phase.copy_share) {
                     let document = self.recall[&len].document(hash);
                     (document.tokens, document.answers)
                 } else {
@@ -69,6 +73,14 @@ impl TrainingData {
             })
             .collect();
         Batch::of(&sequences)
+    }
+
+    /// Random tokens, repeated; what cannot be predicted has no weight.
+    fn repetition(&self, seed: u64, len: usize) -> (Vec<u32>, Vec<f32>) {
+        let period = 8 + (mix(seed, 0) % (len as u64 / 3)) as usize;
+        let n_special = embedded::SPECIAL_TOKENS.len() as u64;
+        let token = |i: usize| (n_special + mix(seed, 1 + (i % period) as u64) % (self.tokenizer.vocab_size() as u64 - n_special)) as u32;
+        ((0..len).map(token).collect(), (0..len).map(|i| if i < period { 0.0 } else { 1.0 }).collect())
     }
 
     /// Write the model as a Hugging Face folder in bf16.

@@ -14,13 +14,15 @@ use sluice_tensor::Tensor;
 use crate::layer::{Layer, Projected};
 use crate::policy::{AttentionPlan, Policy, budget};
 
-/// Caches of one sequence, one per layer.
+/// Caches of one sequence, one per layer. A clone continues on its own; storage is copied when one of them changes.
+#[derive(Clone)]
 pub struct Cache {
     plan: AttentionPlan,
     position: usize,
     layers: Vec<LayerCache>,
 }
 
+#[derive(Clone)]
 enum LayerCache {
     Growing { k: Vec<f32>, v: Vec<f32> },
     Bounded(BoundedCache),
@@ -128,6 +130,7 @@ struct Chunk<'a> {
 }
 
 /// Cache of a routed layer: first the strip of recent keys, then the slots.
+#[derive(Clone)]
 struct BoundedCache {
     /// `[1, window + route_every - 1 + top_k, G, D]`.
     k: Tensor,

@@ -68,8 +68,8 @@ impl Decoder {
         model
     }
 
-    /// Random weights for training from scratch: normal with std 0.02, output projections scaled down by
-    /// `1 / sqrt(2 L)` (GPT-2), norms at one.
+    /// Random weights for training from scratch: normal, std `1 / sqrt(inputs)`, so that queries meet keys with logits of
+    /// order one whatever the width; output projections scaled down by `1 / sqrt(2 L)` (GPT-2), embeddings 0.04, norms one.
     pub fn random(config: &ModelConfig, seed: u64) -> Self {
         let residual_scale = 1.0 / (2.0 * config.n_layers as f32).sqrt();
         let mut index = 0u64;
@@ -83,7 +83,9 @@ impl Decoder {
                 return Tensor::zeros(shape);
             }
             let residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
-            let std = 0.02 * if residual { residual_scale } else { 1.0 };
+            let inputs = shape[shape.len() - 1] as f32;
+            let std = if name == names::EMBED || name == names::LM_HEAD { 0.04 } else { inputs.sqrt().recip() };
+            let std = std * if residual { residual_scale } else { 1.0 };
             Tensor::from_vec((0..n).map(|i| std * normal(mix(seed, index), i as u64)).collect(), shape)
         })
     }

@@ -109,7 +109,7 @@ impl AttentionPlan {
             let scores = self.perturb(tape, layer.score(tape, &p.x, &positions), index); // [B, T, G]
             let routing = top_k_routing::route(scores.value(), lens, &budget(&self.routing));
             let temperature = self.routing.gate_temperature;
-            let bias = (temperature > 0.0).then(|| sinks_at_infinity(tape, &scores, self.routing.n_sink));
+            let bias = (temperature > 0.0).then(|| tape.mark_sinks(&scores, &positions, self.routing.n_sink));
             let o = layer.attend_routed(tape, p, bias.as_ref(), temperature, &routing);
             return (o, Some(scores));
         }
@@ -165,19 +165,6 @@ impl AttentionPlan {
         let noise = tape.constant(Tensor::from_vec(gumbel, scores.value().shape()));
         tape.add(&scores, &noise)
     }
-}
-
-/// Scores `[B, T, G]` as the kernel's bias sees them: sinks have +inf, hence no bias and no gradient.
-fn sinks_at_infinity(tape: &Tape, scores: &Var, n_sink: usize) -> Var {
-    let [_, t, g] = scores.value().dims();
-    let sinks = n_sink.min(t) * g;
-    let mut raised = scores.value().clone();
-    raised.f32_mut().chunks_exact_mut(t * g).for_each(|sequence| sequence[..sinks].fill(f32::INFINITY));
-    tape.custom(&[scores], raised, move |dy| {
-        let mut grad = dy.clone();
-        grad.f32_mut().chunks_exact_mut(t * g).for_each(|sequence| sequence[..sinks].fill(0.0));
-        vec![Some(grad)]
-    })
 }
 
 /// `y [B, T, G]`: log of the attention that each key will receive from the queries that come after it has

@@ -90,6 +90,9 @@ pub struct Phase {
     pub context: usize,
     /// Sequences per step.
     pub batch: usize,
+    /// Share of the sequences that are random tokens said twice or more, on which copying is learned fastest.
+    #[serde(default)]
+    pub copy_share: f64,
 }
 
 /// What one step did.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use sluice_eval::nll::{Nll, window_nll};
 
+use super::needle;
 use crate::models::{self, RoutingArgs};
 use crate::progress;
 
@@ -13,6 +14,8 @@ use crate::progress;
 pub(crate) enum Command {
     /// Mean loss of a text, in windows that are scored on their own
     Nll(NllArgs),
+    /// Retrieval of facts planted at depths of a long text
+    Needle(needle::Args),
 }
 
 /// Arguments of `sluice eval nll`.
@@ -46,6 +49,7 @@ pub(crate) struct NllArgs {
 pub(crate) fn run(command: &Command) -> Result<()> {
     match command {
         Command::Nll(args) => nll(args),
+        Command::Needle(args) => needle::run(args),
     }
 }
 

@@ -1,10 +1,16 @@
 //! One file per subcommand.
 
+pub(crate) mod distill;
+
 pub(crate) mod eval;
+pub(crate) mod needle;
 pub(crate) mod train;
 
 pub(crate) mod chat;
 pub(crate) mod generate;
 
-pub(crate) mod devices;
 pub(crate) mod inspect;
+pub(crate) mod pull;
+
+pub(crate) mod bench;
+pub(crate) mod devices;
