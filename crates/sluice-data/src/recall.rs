@@ -66,6 +66,13 @@ impl RecallConfig {
         }
     }
 
+    /// A document packed with facts and questions, two of them per fact: two thirds of its tokens. For the
+    /// first steps of a training, where sequences are short and [`Self::training`] would ask three questions.
+    pub fn drill(len: usize) -> Self {
+        let facts = (len / 40).clamp(1, 24);
+        Self { facts, distractors: facts / 4, questions: 2 * facts, ..Self::training(len) }
+    }
+
     /// A held-out document: eight facts at a depth, eight distractors, every fact asked once at the end.
     pub fn needle(len: usize, depth: f32) -> Self {
         Self { facts: 8, distractors: 8, questions: 8, placement: Placement::Needle { depth }, split: Split::Held, ..Self::training(len) }
@@ -159,7 +166,8 @@ impl RecallGenerator {
             digits: (0..100).map(|n| encode(&format!(" {n:02}"))).collect(),
         };
         let longest = |phrases: &[Phrase]| phrases.iter().map(|p| p.before.len() + p.after.len()).max().unwrap_or(0);
-        let value = (2 * max_len(&generator.values)).max(max_len(&generator.digits));
+        let digits = if config.digits > 0.0 { max_len(&generator.digits) } else { 0 };
+        let value = (2 * max_len(&generator.values)).max(digits);
         let key_and_value = max_len(&generator.adjectives) + max_len(&generator.nouns) + value;
         let events = (config.facts + config.distractors) * (longest(&generator.statements) + key_and_value)
             + config.questions * (longest(&generator.questions) + key_and_value);

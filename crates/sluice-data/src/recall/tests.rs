@@ -17,7 +17,7 @@ fn combinations(document: &RecallDocument, key_len: usize) -> std::collections::
 
 #[test]
 fn every_answer_repeats_what_its_fact_stated_after_the_same_key() {
-    for config in [RecallConfig::training(512), RecallConfig::training(4096), RecallConfig::needle(2048, 0.3)] {
+    for config in [RecallConfig::drill(128), RecallConfig::training(512), RecallConfig::training(4096), RecallConfig::needle(2048, 0.3)] {
         let generator = generator(config);
         for seed in 0..20 {
             let document = generator.document(seed);
@@ -59,6 +59,18 @@ fn training_documents_ask_densely_and_mostly_from_afar() {
         let far = documents.iter().flat_map(|d| &d.answers).filter(|a| a.start - a.fact_pos > len / 8).count();
         let all: usize = documents.iter().map(|d| d.answers.len()).sum();
         assert!((0.5..0.9).contains(&(far as f64 / all as f64)), "{len}: {far} of {all} answers are far");
+    }
+}
+
+#[test]
+fn drills_ask_at_least_twice_as_densely() {
+    for len in [64, 128, 256, 1024] {
+        let answer_tokens = |config: RecallConfig| {
+            let generator = generator(config);
+            (0..20).flat_map(|seed| generator.document(seed).answers).map(|a| a.len).sum::<usize>() as f64
+        };
+        let (drill, training) = (answer_tokens(RecallConfig::drill(len)), answer_tokens(RecallConfig::training(len)));
+        assert!(drill >= 1.8 * training, "{len}: {drill} answer tokens against {training}");
     }
 }
 

@@ -12,8 +12,11 @@ use super::*;
 struct ToyHub {
     endpoint: String,
     downloads: Arc<AtomicUsize>,
-    files: Arc<Mutex<HashMap<&'static str, (Vec<u8>, String)>>>,
+    files: Arc<Mutex<Files>>,
 }
+
+/// Content and SHA-256 by name.
+type Files = HashMap<&'static str, (Vec<u8>, String)>;
 
 impl ToyHub {
     fn new(files: &[(&'static str, &[u8])]) -> Self {
@@ -23,7 +26,7 @@ impl ToyHub {
             let sha: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
             (*name, (bytes.to_vec(), sha))
         });
-        let files = Arc::new(Mutex::new(with_hashes.collect::<HashMap<_, _>>()));
+        let files = Arc::new(Mutex::new(with_hashes.collect::<Files>()));
         let downloads = Arc::new(AtomicUsize::new(0));
         let (shared, counter) = (files.clone(), downloads.clone());
         std::thread::spawn(move || {
