@@ -37,12 +37,14 @@ impl DistillData {
             (text.iter().map(|p| p.display().to_string()).collect(), read(text)?)
         };
         let held = if eval_text.is_empty() { of_split(Split::Held) } else { read(eval_text)? };
-        let tokenise = |documents: &[Document]| loaded.tokenizer.encode_batch(&documents.iter().map(|d| d.text.as_str()).collect::<Vec<_>>());
+        let tokenise =
+            |documents: &[Document]| loaded.tokenizer.encode_batch(&documents.iter().map(|d| d.text.as_str()).collect::<Vec<_>>());
 
         let mut tokens = tokenise(&train);
         let filler = loaded.is_tiny().then(|| prose(&train));
         if let Some(filler) = &filler {
-            let generator = RecallGenerator::new(RecallConfig::training(context), &loaded.tokenizer, Filler::new(&loaded.tokenizer, &[filler]));
+            let generator =
+                RecallGenerator::new(RecallConfig::training(context), &loaded.tokenizer, Filler::new(&loaded.tokenizer, &[filler]));
             tokens.extend((0..RECALL_DOCUMENTS).map(|seed| generator.document(seed).tokens));
             sources.push("generated recall documents".into());
         }

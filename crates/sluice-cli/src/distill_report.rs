@@ -6,10 +6,8 @@ use anyhow::Result;
 use sluice_eval::inside::Inside;
 use sluice_eval::quality::{Comparison, quality_table};
 use sluice_eval::recall::recall_rows;
-use sluice_eval::report::{
-    CostRow, CostSide, CostTable, CurvePoint, Curves, Recall, Report, RunSummary, StageCurve, StageRun,
-};
-use sluice_model::{Cache, Decoder, AttentionPlan, Policy, cost};
+use sluice_eval::report::{CostRow, CostSide, CostTable, CurvePoint, Curves, Recall, Report, RunSummary, StageCurve, StageRun};
+use sluice_model::{AttentionPlan, Cache, Decoder, Policy, cost};
 use sluice_spec::RoutingConfig;
 use sluice_train::distill::{Distiller, StepReport};
 
@@ -90,7 +88,9 @@ fn summary(teacher: &str, loaded: &Loaded, distiller: &Distiller, data: &Distill
         model: loaded.checkpoint.path.display().to_string(),
         teacher: distiller.teacher.as_ref().map(|_| "a second model".to_string()),
         n_params: Some(model.n_params() as u64),
-        n_gate_params: Some(distiller.model.params().iter().filter(|p| sluice_model::decoder::is_gate(&p.name)).map(|p| p.value.len() as u64).sum()),
+        n_gate_params: Some(
+            distiller.model.params().iter().filter(|p| sluice_model::decoder::is_gate(&p.name)).map(|p| p.value.len() as u64).sum(),
+        ),
         routing: Some(*routing),
         stages,
         data: data.sources.clone(),
@@ -122,7 +122,8 @@ fn curves(reports: &[StepReport]) -> Curves {
         let Some(loss) = report.loss else { continue };
         let name = report.work.name();
         if stages.last().is_none_or(|s| s.stage != name) {
-            let loss = if report.work.stage() == 1 { "relative squared error of attention blocks" } else { "KL to the teacher, nats per token" };
+            let loss =
+                if report.work.stage() == 1 { "relative squared error of attention blocks" } else { "KL to the teacher, nats per token" };
             stages.push(StageCurve { stage: name.into(), loss: loss.into(), points: Vec::new() });
         }
         let points = &mut stages.last_mut().expect("just pushed").points;
@@ -153,7 +154,11 @@ fn costs(model: &Decoder, routing: &RoutingConfig, context: usize) -> CostTable 
         };
         CostRow { context: n, dense: side(dense, Policy::Dense), routed: side(routed, Policy::Gate) }
     });
-    CostTable { rows: rows.collect(), hardware: format!("{}, {} threads, f32", cpu_name(), rayon::current_num_threads()), ..CostTable::default() }
+    CostTable {
+        rows: rows.collect(),
+        hardware: format!("{}, {} threads, f32", cpu_name(), rayon::current_num_threads()),
+        ..CostTable::default()
+    }
 }
 
 /// Prefill and decode speed in tokens per second at the end of a context of arbitrary tokens.

@@ -41,7 +41,8 @@ impl Loaded {
 fn embedded() -> Result<Checkpoint> {
     let folder = tempfile::tempdir().context("cannot create a temporary folder for the embedded model")?;
     for (name, bytes) in TINY_FILES {
-        std::fs::write(folder.path().join(name), bytes).with_context(|| format!("cannot unpack the embedded model to {}", folder.path().display()))?;
+        std::fs::write(folder.path().join(name), bytes)
+            .with_context(|| format!("cannot unpack the embedded model to {}", folder.path().display()))?;
     }
     let mut checkpoint = checkpoint::load(folder.path())?;
     checkpoint.tokenizer = TokenizerSource::Missing; // the embedded texts bring their tokenizer
@@ -73,10 +74,13 @@ pub(crate) fn resolve(model: &str) -> Result<PathBuf> {
     let given = PathBuf::from(model);
     let path = if given.exists() { given } else { Path::new(MODELS).join(model) };
     if !path.exists() {
-        bail!("no model at {model}, and none named so in {MODELS}/; give a GGUF file, a Hugging Face folder, or the name of a model that you pulled");
+        bail!(
+            "no model at {model}, and none named so in {MODELS}/; give a GGUF file, a Hugging Face folder, or the name of a model that you pulled"
+        );
     }
     if path.is_dir() && !path.join("config.json").exists() {
-        let mut ggufs: Vec<PathBuf> = std::fs::read_dir(&path)?.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.extension().is_some_and(|e| e == "gguf")).collect();
+        let mut ggufs: Vec<PathBuf> =
+            std::fs::read_dir(&path)?.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.extension().is_some_and(|e| e == "gguf")).collect();
         ggufs.sort();
         match ggufs.as_slice() {
             [one] => return Ok(one.clone()),
@@ -116,7 +120,10 @@ impl RoutingArgs {
         let routing = self.routing(loaded.routing)?;
         let policy = self.policy.unwrap_or(if loaded.model.has_gates() { Policy::Gate } else { Policy::Dense });
         if policy == Policy::Gate && !loaded.model.has_gates() {
-            bail!("policy gate needs gates, and {} has none; give --gates FILE or make them with `sluice distill`", loaded.checkpoint.path.display());
+            bail!(
+                "policy gate needs gates, and {} has none; give --gates FILE or make them with `sluice distill`",
+                loaded.checkpoint.path.display()
+            );
         }
         Ok(AttentionPlan::new(policy, routing))
     }

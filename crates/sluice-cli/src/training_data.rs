@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use sluice_data::Tokenizer;
 use sluice_data::embedded::{self, Split};
 use sluice_data::recall::{Filler, RecallConfig, RecallGenerator};
-use sluice_data::Tokenizer;
 use sluice_model::Decoder;
 use sluice_model::checkpoint::export_hf;
 use sluice_tensor::DType;

@@ -3,7 +3,7 @@
 use sluice_autograd::Tape;
 use sluice_kernels::routed_attention::Routing;
 use sluice_kernels::{attention_mass, dense_attention, top_k_routing};
-use sluice_model::policy::{budget, Policy};
+use sluice_model::policy::{Policy, budget};
 use sluice_model::{AttentionPlan, Decoder};
 use sluice_spec::RoutingConfig;
 use sluice_tensor::Tensor;
@@ -93,7 +93,8 @@ impl Inside {
         let heads = self.layers.first().map_or(0, |l| l.routed.n_kv_heads);
         let kept: Vec<Vec<bool>> =
             self.layers.iter().flat_map(|inside| (0..heads).map(|head| self.kept_at_the_end(inside, head))).collect();
-        let tokens = (0..self.n_tokens.min(PASSAGE)).map(|i| SampleToken { text: token_text(i), kept_in: kept.iter().filter(|k| k[i]).count() });
+        let tokens =
+            (0..self.n_tokens.min(PASSAGE)).map(|i| SampleToken { text: token_text(i), kept_in: kept.iter().filter(|k| k[i]).count() });
         Sample {
             text: text.into(),
             context: self.n_tokens,

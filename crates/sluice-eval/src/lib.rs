@@ -2,9 +2,9 @@
 
 pub mod bootstrap;
 pub mod inside;
+pub mod needle;
 pub mod nll;
 pub mod quality;
 pub mod recall;
-pub mod needle;
 pub mod report;
 mod rng;

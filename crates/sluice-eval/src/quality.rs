@@ -80,7 +80,13 @@ pub fn compare(model: &Decoder, tokens: &[u32], dense: &Tensor, plan: &Attention
 
 /// Compare policies on held-out windows of one text, only on positions past each budget.
 /// `progress` hears about every pass of the model.
-pub fn quality_table(model: &Decoder, text: &str, windows: &[Vec<u32>], comparison: &Comparison, mut progress: impl FnMut()) -> QualityTable {
+pub fn quality_table(
+    model: &Decoder,
+    text: &str,
+    windows: &[Vec<u32>],
+    comparison: &Comparison,
+    mut progress: impl FnMut(),
+) -> QualityTable {
     let cells = comparison.cells();
     let mut compared: Vec<Vec<Compared>> = vec![Vec::new(); cells.len()];
     for tokens in windows {

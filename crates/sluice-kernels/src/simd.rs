@@ -53,11 +53,26 @@ pub(crate) trait Simd: Copy {
     /// Largest lane.
     unsafe fn max_lane(self) -> f32;
 
+    /// Write `scale * block^T`: column `i` of `LANES` rows of as many numbers becomes `to[i]`. `scale` runs along a row.
+    #[inline(always)]
+    unsafe fn transpose(from: &[*const f32], scale: Self, to: &[*mut f32]) {
+        let mut factors = [0.0f32; 16];
+        // SAFETY: `LANES` is at most 16; the caller vouches for the rows.
+        unsafe {
+            scale.store(factors.as_mut_ptr());
+            for (i, from) in from[..Self::LANES].iter().enumerate() {
+                for (j, to) in to[..Self::LANES].iter().enumerate() {
+                    to.wrapping_add(i).write(*from.wrapping_add(j) * factors[j]);
+                }
+            }
+        }
+    }
+
     /// `2^self` for `self <= 127`, relative error about 1e-7; -inf gives 0, NaN stays NaN.
     #[inline(always)]
     unsafe fn exp2(self) -> Self {
         // Minimax for the relative error on [-1/2, 1/2] (3e-9 before rounding), exact at 0.
-        const C: [f32; 7] = [1.0, 0.693_147_2, 0.240_226_53, 0.055_503_106, 0.009_617_693, 0.001_340_664_4, 0.000_155_946_78];
+        const C: [f32; 7] = [1.0, std::f32::consts::LN_2, 0.240_226_53, 0.055_503_106, 0.009_617_693, 0.001_340_664_4, 0.000_155_946_78];
         // SAFETY: the caller's machine has the instructions.
         unsafe {
             let x = Self::splat(-150.0).max(self);
@@ -210,6 +225,38 @@ mod x86 {
         unsafe fn max_lane(self) -> f32 {
             unsafe { _mm512_reduce_max_ps(self) }
         }
+        #[inline(always)]
+        unsafe fn transpose(from: &[*const f32], scale: Self, to: &[*mut f32]) {
+            unsafe {
+                let zero = _mm512_setzero_ps();
+                let (mut x, mut y) = ([zero; 16], [zero; 16]);
+                for i in 0..16 {
+                    x[i] = Self::load(from[i]).mul(scale);
+                }
+                for i in 0..8 {
+                    y[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+                    y[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+                }
+                for i in 0..4 {
+                    for j in 0..2 {
+                        let (a, b) = (_mm512_castps_pd(y[4 * i + j]), _mm512_castps_pd(y[4 * i + 2 + j]));
+                        x[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                        x[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+                    }
+                }
+                // Quarter q of x[4 i + j] is now column 4 q + j of rows 4 i..4 i + 4: exchange quarters.
+                for j in 0..4 {
+                    let even = _mm512_shuffle_f32x4::<0x88>(x[j], x[4 + j]);
+                    let odd = _mm512_shuffle_f32x4::<0xdd>(x[j], x[4 + j]);
+                    let low_even = _mm512_shuffle_f32x4::<0x88>(x[8 + j], x[12 + j]);
+                    let low_odd = _mm512_shuffle_f32x4::<0xdd>(x[8 + j], x[12 + j]);
+                    _mm512_shuffle_f32x4::<0x88>(even, low_even).store(to[j]);
+                    _mm512_shuffle_f32x4::<0x88>(odd, low_odd).store(to[4 + j]);
+                    _mm512_shuffle_f32x4::<0xdd>(even, low_even).store(to[8 + j]);
+                    _mm512_shuffle_f32x4::<0xdd>(odd, low_odd).store(to[12 + j]);
+                }
+            }
+        }
     }
 
     // SAFETY of every block below: the trait's contract, the machine has AVX2 and FMA.
@@ -279,6 +326,32 @@ mod x86 {
                 let x = _mm_max_ps(_mm256_castps256_ps128(self), _mm256_extractf128_ps::<1>(self));
                 let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
                 _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn transpose(from: &[*const f32], scale: Self, to: &[*mut f32]) {
+            unsafe {
+                let zero = _mm256_setzero_ps();
+                let (mut x, mut y) = ([zero; 8], [zero; 8]);
+                for i in 0..8 {
+                    x[i] = Self::load(from[i]).mul(scale);
+                }
+                for i in 0..4 {
+                    y[2 * i] = _mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+                    y[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+                }
+                for i in 0..2 {
+                    for j in 0..2 {
+                        let (a, b) = (_mm256_castps_pd(y[4 * i + j]), _mm256_castps_pd(y[4 * i + 2 + j]));
+                        x[4 * i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+                        x[4 * i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+                    }
+                }
+                // Half q of x[4 i + j] is now column 4 q + j of rows 4 i..4 i + 4: exchange halves.
+                for j in 0..4 {
+                    _mm256_permute2f128_ps::<0x20>(x[j], x[4 + j]).store(to[j]);
+                    _mm256_permute2f128_ps::<0x31>(x[j], x[4 + j]).store(to[4 + j]);
+                }
             }
         }
     }
@@ -404,6 +477,49 @@ mod tests {
         }
     }
     dispatch! { unsafe fn exp2_here(x: &[f32], y: &mut [f32]) = exp2_all; }
+
+    #[inline(always)]
+    unsafe fn transpose_all<V: Simd, const M: usize>(x: &[f32], y: &mut [f32]) {
+        let (mut from, mut to) = ([x.as_ptr(); 16], [y.as_mut_ptr(); 16]);
+        for i in 0..V::LANES {
+            from[i] = x[i * 16..].as_ptr();
+            to[i] = y[i * 16..].as_mut_ptr();
+        }
+        // SAFETY: there are 16 rows of 16 numbers; `dispatch` chose V.
+        unsafe { V::transpose(&from, V::load(x.as_ptr()), &to) }
+    }
+    dispatch! { unsafe fn transpose_here(x: &[f32], y: &mut [f32]) = transpose_all; }
+
+    #[test]
+    fn transpose_moves_and_scales_every_number() {
+        let x: Vec<f32> = (0..256).map(|i| 1.0 + i as f32).collect();
+        let mut check = |run: &mut dyn FnMut(&[f32], &mut [f32])| {
+            let mut y = vec![0.0; 256];
+            run(&x, &mut y);
+            let n = y[..16].iter().filter(|&&y| y != 0.0).count();
+            for i in 0..16 {
+                for j in 0..16 {
+                    let want = if i < n && j < n { x[i * 16 + j] * x[j] } else { 0.0 };
+                    assert_eq!(y[j * 16 + i], want, "{n} lanes, row {i}, column {j}");
+                }
+            }
+            n
+        };
+        // SAFETY: both slices have 256 numbers, and the features are looked for.
+        unsafe {
+            assert!(check(&mut |x, y| transpose_here(x, y)) >= 4);
+            assert_eq!(check(&mut |x, y| transpose_all::<Portable, 2>(x, y)), 8);
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") {
+                #[target_feature(enable = "avx2,fma")]
+                unsafe fn avx2(x: &[f32], y: &mut [f32]) {
+                    // SAFETY: the caller looked for the features.
+                    unsafe { transpose_all::<std::arch::x86_64::__m256, 4>(x, y) }
+                }
+                assert_eq!(check(&mut |x, y| avx2(x, y)), 8);
+            }
+        }
+    }
 
     #[test]
     fn exp2_is_close_to_the_real_one_for_every_vector() {

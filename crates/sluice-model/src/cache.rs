@@ -5,9 +5,9 @@
 //! block's first key arrives and the bound `top_k + window + route_every - 1` holds at every moment.
 
 use sluice_autograd::Tape;
+use sluice_kernels::dense_attention;
 use sluice_kernels::routed_attention::{self, GateBias, Routing, Visibility};
 use sluice_kernels::top_k_routing::RouterState;
-use sluice_kernels::dense_attention;
 use sluice_spec::ModelConfig;
 use sluice_tensor::Tensor;
 
@@ -83,7 +83,11 @@ impl Cache {
                 let g = layer.shape.n_kv_heads;
                 let mut scores = match self.plan.policy {
                     Policy::Gate => layer.score(tape, &p.x, positions).value().f32().to_vec(),
-                    _ => positions.iter().flat_map(|&t| (0..g).map(move |gi| (t, gi))).map(|(t, gi)| self.plan.static_score(index, t as usize, gi)).collect(),
+                    _ => positions
+                        .iter()
+                        .flat_map(|&t| (0..g).map(move |gi| (t, gi)))
+                        .map(|(t, gi)| self.plan.static_score(index, t as usize, gi))
+                        .collect(),
                 };
                 let sinks = self.plan.routing.n_sink.saturating_sub(self.position).min(t);
                 scores[..sinks * g].fill(f32::INFINITY);

@@ -69,7 +69,9 @@ impl Decoder {
     }
 
     /// Random weights for training from scratch: normal, std `1 / sqrt(inputs)`, so that queries meet keys with logits of
-    /// order one whatever the width; output projections scaled down by `1 / sqrt(2 L)` (GPT-2), embeddings 0.04, norms one.
+    /// order one whatever the width; output projections scaled down by `1 / sqrt(2 L)` (GPT-2), embeddings 0.04, norms one. Query and key biases,
+    /// where a model has them, are standard normal: under the rotation they give every head its own taste for distances,
+    /// and a head that looks one token back, which copying needs, is near from the first step.
     pub fn random(config: &ModelConfig, seed: u64) -> Self {
         let residual_scale = 1.0 / (2.0 * config.n_layers as f32).sqrt();
         let mut index = 0u64;
@@ -79,8 +81,11 @@ impl Decoder {
             if name.ends_with("norm.weight") {
                 return Tensor::full(1.0, shape);
             }
-            if name.ends_with("bias") {
+            if name.ends_with("v_proj.bias") {
                 return Tensor::zeros(shape);
+            }
+            if name.ends_with("bias") {
+                return Tensor::from_vec((0..n).map(|i| normal(mix(seed, index), i as u64)).collect(), shape);
             }
             let residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
             let inputs = shape[shape.len() - 1] as f32;
@@ -164,11 +169,7 @@ impl Decoder {
     pub fn gates(&self, routing: RoutingConfig, note: impl Into<String>) -> Option<Gates> {
         let layers = self.layers.iter().map(|layer| {
             let gate = layer.gate.as_ref()?;
-            Some(GateTensors {
-                weight: gate.weight.value.clone(),
-                bias: gate.bias.value.clone(),
-                recency: gate.recency.value.clone(),
-            })
+            Some(GateTensors { weight: gate.weight.value.clone(), bias: gate.bias.value.clone(), recency: gate.recency.value.clone() })
         });
         Some(Gates { routing, layers: layers.collect::<Option<_>>()?, note: note.into() })
     }

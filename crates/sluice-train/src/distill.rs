@@ -466,7 +466,8 @@ impl Distiller {
         let (mut sum, mut n) = (0.0, 0.0);
         for (layer, twin) in self.model.layers.iter().zip(&other.layers) {
             let p = layer.project(&frozen, &h, &positions);
-            let route = |l: &sluice_model::Layer| top_k_routing::route(l.score(&frozen, &p.x, &positions).value(), &[tokens.len()], &budget);
+            let route =
+                |l: &sluice_model::Layer| top_k_routing::route(l.score(&frozen, &p.x, &positions).value(), &[tokens.len()], &budget);
             let (a, b) = (route(layer), route(twin));
             for block in 0..a.n_blocks {
                 for head in 0..a.n_kv_heads {

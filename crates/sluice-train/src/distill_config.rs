@@ -160,7 +160,12 @@ impl DistillConfig {
     /// Check what the stages rely on.
     pub fn validate(&self) -> Result<()> {
         self.routing.validate()?;
-        ensure!(self.context > self.routing.kv_budget(), "context is {} and the budget {}: nothing would be routed away", self.context, self.routing.kv_budget());
+        ensure!(
+            self.context > self.routing.kv_budget(),
+            "context is {} and the budget {}: nothing would be routed away",
+            self.context,
+            self.routing.kv_budget()
+        );
         for &kv_budget in &self.budgets {
             self.routing.with_kv_budget(kv_budget)?;
         }

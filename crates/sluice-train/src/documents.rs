@@ -17,7 +17,10 @@ impl Documents {
     pub fn new(documents: Vec<Vec<u32>>, min_len: usize) -> Result<Self> {
         let (n, longest) = (documents.len(), documents.iter().map(Vec::len).max().unwrap_or(0));
         let documents: Vec<Vec<u32>> = documents.into_iter().filter(|d| d.len() >= min_len).collect();
-        ensure!(!documents.is_empty(), "none of the {n} documents has {min_len} tokens (the longest has {longest}); give longer texts or a shorter context");
+        ensure!(
+            !documents.is_empty(),
+            "none of the {n} documents has {min_len} tokens (the longest has {longest}); give longer texts or a shorter context"
+        );
         let mut end = 0;
         let ends = documents.iter().map(|d| {
             end += d.len() as u64;

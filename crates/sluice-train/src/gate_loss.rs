@@ -39,8 +39,7 @@ pub struct RankLabels<'a> {
 pub fn gate_loss(tape: &Tape, scores: &Var, slopes: &[f32], rank: Option<RankLabels<'_>>, terms: &GateLossTerms) -> Var {
     let [_, t, g] = scores.value().dims();
     let slope = |head: usize| slopes[head.min(slopes.len() - 1)];
-    let content: Vec<f32> =
-        scores.value().f32().iter().enumerate().map(|(i, s)| s - slope(i % g) * (i / g) as f32 / 1024.0).collect();
+    let content: Vec<f32> = scores.value().f32().iter().enumerate().map(|(i, s)| s - slope(i % g) * (i / g) as f32 / 1024.0).collect();
     let mut loss = 0.0f64;
     let mut grad = vec![0.0f32; t * g];
     for head in 0..g {

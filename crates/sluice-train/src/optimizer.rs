@@ -47,14 +47,8 @@ impl Optimizer {
             let v = self.v.entry(param.name.clone()).or_insert_with(zeros);
             // Norms and biases are scales and offsets: pulling them to zero is not regularisation.
             let weight_decay = if param.value.shape().len() >= 2 { config.weight_decay } else { 0.0 };
-            let settings = AdamW {
-                lr: rate(&param.name),
-                beta1: config.beta1,
-                beta2: config.beta2,
-                eps: config.eps,
-                weight_decay,
-                step: self.step,
-            };
+            let settings =
+                AdamW { lr: rate(&param.name), beta1: config.beta1, beta2: config.beta2, eps: config.eps, weight_decay, step: self.step };
             adamw::step(&mut param.value, grad, m, v, settings);
         }
         norm

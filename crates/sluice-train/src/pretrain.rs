@@ -139,7 +139,12 @@ impl TrainConfig {
         config.model.validate()?;
         ensure!(!config.phases.is_empty(), "there is no [[phases]] entry; expected at least one");
         for phase in &config.phases {
-            ensure!(phase.context >= 2 && phase.batch >= 1, "a phase has context {} and batch {}; expected at least 2 and 1", phase.context, phase.batch);
+            ensure!(
+                phase.context >= 2 && phase.batch >= 1,
+                "a phase has context {} and batch {}; expected at least 2 and 1",
+                phase.context,
+                phase.batch
+            );
         }
         Ok(config)
     }
@@ -172,7 +177,11 @@ impl Pretrainer {
     pub fn resume(&mut self, path: &Path) -> Result<bool> {
         let Some((header, mut state)) = snapshot::load::<Header>(path)? else { return Ok(false) };
         // Longer phases are welcome: that is how a run is extended.
-        ensure!(header.config.model == self.config.model, "{} belongs to another model; give the same recipe, or another --out", path.display());
+        ensure!(
+            header.config.model == self.config.model,
+            "{} belongs to another model; give the same recipe, or another --out",
+            path.display()
+        );
         self.optimizer = state.take_optimizer(header.optimizer_step);
         for param in self.model.params_mut() {
             let Some(saved) = state.tensors.remove(&param.name) else { bail!("{} lacks {}", path.display(), param.name) };

@@ -36,7 +36,12 @@ fn golden(name: &str) -> Golden {
             other => panic!("{name} has format {other:?}"),
         }
     }
-    Golden { config: serde_json::from_str(&text("config")).unwrap(), routing: serde_json::from_str(&text("routing")).unwrap(), tensors, integers }
+    Golden {
+        config: serde_json::from_str(&text("config")).unwrap(),
+        routing: serde_json::from_str(&text("routing")).unwrap(),
+        tensors,
+        integers,
+    }
 }
 
 impl Golden {

@@ -86,7 +86,12 @@ impl Inputs {
             let uniform = |i: u64, s: u64| (mix(seed * 3 + s, i) >> 40) as f32 / (1u64 << 24) as f32;
             Tensor::from_vec((0..n).map(|i| 2.0 * (uniform(i, 0) + uniform(i, 1) + uniform(i, 2)) - 3.0).collect(), shape)
         };
-        Self { q: random(1, vec![1, t, h, d]), k: random(2, vec![1, t, g, d]), v: random(3, vec![1, t, g, d]), scores: random(4, vec![1, t, g]) }
+        Self {
+            q: random(1, vec![1, t, h, d]),
+            k: random(2, vec![1, t, g, d]),
+            v: random(3, vec![1, t, g, d]),
+            scores: random(4, vec![1, t, g]),
+        }
     }
 
     fn route(&self, budget: &Budget) -> Routing {
@@ -95,7 +100,10 @@ impl Inputs {
 }
 
 fn attention(args: &AttentionArgs) -> Result<()> {
-    ensure!(args.heads.len() == 3 && args.heads[0].is_multiple_of(args.heads[1]), "--heads takes query heads, KV heads (a divisor) and head width");
+    ensure!(
+        args.heads.len() == 3 && args.heads[0].is_multiple_of(args.heads[1]),
+        "--heads takes query heads, KV heads (a divisor) and head width"
+    );
     let routing = RoutingConfig::preset(&args.preset)?;
     let budget = sluice_model::policy::budget(&routing);
     verify(&args.heads, &budget)?;
@@ -130,15 +138,27 @@ fn attention(args: &AttentionArgs) -> Result<()> {
         .flat_map(|name| ["forward", "forward and backward"].map(|pass| (*name, pass)))
         .filter_map(|(name, pass)| {
             let of = |row: &&Value| row["attention"] == name && row["pass"] == pass;
-            let points: Vec<(f64, f64)> = rows.iter().filter(of).filter_map(|r| Some((r["context"].as_f64()?.ln(), r["seconds"].as_f64()?.ln()))).collect();
+            let points: Vec<(f64, f64)> =
+                rows.iter().filter(of).filter_map(|r| Some((r["context"].as_f64()?.ln(), r["seconds"].as_f64()?.ln()))).collect();
             Some(json!({"attention": name, "pass": pass, "exponent": slope(&points)?}))
         })
         .collect();
     if args.json {
-        println!("{}", json!({"cpu": cpu_name(), "threads": rayon::current_num_threads(), "heads": args.heads, "routing": routing, "rows": rows, "exponents": exponents}));
+        println!(
+            "{}",
+            json!({"cpu": cpu_name(), "threads": rayon::current_num_threads(), "heads": args.heads, "routing": routing, "rows": rows, "exponents": exponents})
+        );
         return Ok(());
     }
-    println!("{}, {} threads, heads {:?}, window {}, top_k {}, route_every {}", cpu_name(), rayon::current_num_threads(), args.heads, routing.window, routing.top_k, routing.route_every);
+    println!(
+        "{}, {} threads, heads {:?}, window {}, top_k {}, route_every {}",
+        cpu_name(),
+        rayon::current_num_threads(),
+        args.heads,
+        routing.window,
+        routing.top_k,
+        routing.route_every
+    );
     println!("{:<8} {:<22} {:>9} {:>12} {:>12}", "", "pass", "context", "time", "peak memory");
     for row in &rows {
         println!(
@@ -151,7 +171,12 @@ fn attention(args: &AttentionArgs) -> Result<()> {
         );
     }
     for e in exponents {
-        println!("time of {} {} grows with context to the power {:.2}", e["attention"].as_str().unwrap_or_default(), e["pass"].as_str().unwrap_or_default(), e["exponent"].as_f64().unwrap_or(f64::NAN));
+        println!(
+            "time of {} {} grows with context to the power {:.2}",
+            e["attention"].as_str().unwrap_or_default(),
+            e["pass"].as_str().unwrap_or_default(),
+            e["exponent"].as_f64().unwrap_or(f64::NAN)
+        );
     }
     Ok(())
 }
@@ -163,9 +188,15 @@ fn verify(heads: &[usize], budget: &Budget) -> Result<()> {
     let routing = inputs.route(budget);
     let close = |fast: &Tensor, naive: &[f64]| fast.f32().iter().zip(naive).all(|(a, b)| (*a as f64 - b).abs() < 1e-4);
     let (o, _) = dense_attention::fwd(&inputs.q, &inputs.k, &inputs.v, 0, &[t]);
-    ensure!(close(&o, &dense_attention::naive::fwd(&inputs.q, &inputs.k, &inputs.v, 0, &[t]).0), "dense attention disagrees with its naive twin");
+    ensure!(
+        close(&o, &dense_attention::naive::fwd(&inputs.q, &inputs.k, &inputs.v, 0, &[t]).0),
+        "dense attention disagrees with its naive twin"
+    );
     let (o, _) = routed_attention::fwd(&inputs.q, &inputs.k, &inputs.v, None, &routing);
-    ensure!(close(&o, &routed_attention::naive::fwd(&inputs.q, &inputs.k, &inputs.v, None, &routing).0), "routed attention disagrees with its naive twin");
+    ensure!(
+        close(&o, &routed_attention::naive::fwd(&inputs.q, &inputs.k, &inputs.v, None, &routing).0),
+        "routed attention disagrees with its naive twin"
+    );
     Ok(())
 }
 

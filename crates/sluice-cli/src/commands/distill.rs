@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use sluice_model::cost;
 use sluice_model::checkpoint::{export_hf, save_gates};
+use sluice_model::cost;
 use sluice_spec::RoutingConfig;
 use sluice_tensor::DType;
 use sluice_train::distill::{Distiller, StepReport};
@@ -187,7 +187,8 @@ fn dry_run(args: &Args, model: &sluice_model::Decoder, config: &DistillConfig) -
     let per_pass = dense.attention_flops + dense.linear_flops;
     let through_the_stack = plan.iter().filter(|w| w.stage() > 0).count() as u64;
     // A dense pass for every item; those that train also run the routed student forward and backward.
-    let flops = plan.len() as u64 * per_pass + through_the_stack * 3 * cost::routed(&model.config, &config.routing, context).attention_flops;
+    let flops =
+        plan.len() as u64 * per_pass + through_the_stack * 3 * cost::routed(&model.config, &config.routing, context).attention_flops;
     let gates = model.config.n_layers * model.config.n_kv_heads * (model.config.d_model + 2);
     let weights = 4 * model.config.n_params() as u64;
     if args.json {

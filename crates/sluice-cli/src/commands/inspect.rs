@@ -49,7 +49,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     println!("context        {}", grouped(config.max_seq_len as u64));
     println!("parameters     {}", grouped(n_params as u64));
     println!("gates          {}", if loaded.model.has_gates() { "yes" } else { "none" });
-    println!("routing        window {}, top_k {}, route_every {}: {} keys cached", routing.window, routing.top_k, routing.route_every, routing.cached_keys());
+    println!(
+        "routing        window {}, top_k {}, route_every {}: {} keys cached",
+        routing.window,
+        routing.top_k,
+        routing.route_every,
+        routing.cached_keys()
+    );
     println!("\n{:>10}  {:>12} {:>12}  {:>16} {:>16}", "context", "cache dense", "cache routed", "attention dense", "attention routed");
     for (dense, routed) in &rows {
         println!(

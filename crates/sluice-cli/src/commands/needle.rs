@@ -7,8 +7,8 @@ use sluice_data::embedded::{self, Split};
 use sluice_eval::bootstrap::Bootstrap;
 use sluice_eval::needle::{Continuation, Filler, NeedleConfig, NeedleScore, ask, prompts, summarise};
 use sluice_eval::report::Recall;
-use sluice_model::{AttentionPlan, Cache, Decoder, Policy};
 use sluice_kernels::output_head::{self, Wanted};
+use sluice_model::{AttentionPlan, Cache, Decoder, Policy};
 use sluice_tensor::Tensor;
 
 use crate::models::{self, RoutingArgs};
@@ -48,10 +48,19 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let loaded = models::load(&args.model, args.routing.gates.as_deref())?;
     let plan = args.routing.plan(&loaded)?;
-    ensure!(plan.policy.is_causal_and_static(), "policy {} needs the attention of the whole text; choose dense, gate, streaming or random", plan.policy.name());
+    ensure!(
+        plan.policy.is_causal_and_static(),
+        "policy {} needs the attention of the whole text; choose dense, gate, streaming or random",
+        plan.policy.name()
+    );
     let text = match &args.text {
         Some(path) => std::fs::read_to_string(path).with_context(|| format!("cannot read {} as UTF-8 text", path.display()))?,
-        None => embedded::documents().into_iter().filter(|d| d.split == Split::Held && d.domain != "code").map(|d| d.text).collect::<Vec<_>>().join("\n"),
+        None => embedded::documents()
+            .into_iter()
+            .filter(|d| d.split == Split::Held && d.domain != "code")
+            .map(|d| d.text)
+            .collect::<Vec<_>>()
+            .join("\n"),
     };
     let tokenize = |text: &str| loaded.tokenizer.encode(text);
     let config = NeedleConfig {
@@ -78,7 +87,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         println!("{}", serde_json::to_string(&recall)?);
         return Ok(());
     }
-    println!("{:<10} {:>7} {:>8} {:>6} {:>8}  {:>7} {:>12} {:>13}", "policy", "budget", "context", "depth", "prompts", "exact", "answer token", "nll - dense");
+    println!(
+        "{:<10} {:>7} {:>8} {:>6} {:>8}  {:>7} {:>12} {:>13}",
+        "policy", "budget", "context", "depth", "prompts", "exact", "answer token", "nll - dense"
+    );
     for row in &recall.rows {
         let depth = row.depth.map_or("all".into(), |d| format!("{d:.2}"));
         let above = row.nll_above_dense.map_or(String::new(), |e| format!("{:+.3}", e.mean));

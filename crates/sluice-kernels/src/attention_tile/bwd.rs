@@ -6,7 +6,7 @@
 
 use std::f32::consts::LOG2_E;
 
-use super::fwd::{NO_ROW, Place, pack};
+use super::fwd::{NO_ROW, Place, pack, unpack};
 use super::{Buffer, Inputs, Keys, LANES, QUERIES, STEP, SharedRows, Step, Tile, Workspace, padded, panel_width, products};
 use crate::simd::{Simd, dispatch};
 
@@ -180,12 +180,6 @@ unsafe fn panel<V: Simd, const N: usize, const M: usize>(
             products::scatter::<V, M>(step.n, lanes, dp, q_rows, width, dk, &step.row);
             products::outer::<V, N, M>(step.n, x.k.as_ptr(), &step.at, d, dp, &[V::splat(1.0); N], dqt);
         }
-        for (lane, &at) in rows[..lanes].iter().enumerate() {
-            if at != NO_ROW {
-                for (i, dq) in dq.row(at, d).iter_mut().enumerate() {
-                    *dq = dqt.wrapping_add(i * lanes + lane).read() * x.dims.scale();
-                }
-            }
-        }
+        unpack::<V, N>(&rows, dqt, d, &[x.dims.scale(); LANES], dq);
     }
 }

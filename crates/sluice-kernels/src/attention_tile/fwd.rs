@@ -25,7 +25,7 @@ unsafe fn tile_body<V: Simd, const M: usize>(
     ws: &mut Workspace,
 ) {
     // A panel of few queries is mostly empty lanes; from a third on it wins over one query at a time.
-    if tile.n * 5 <= V::LANES * 2 && x.dims.d % V::LANES == 0 {
+    if tile.n * 5 <= V::LANES * 2 && x.dims.d.is_multiple_of(V::LANES) {
         // SAFETY: the caller's contract, passed on.
         return unsafe { few::fwd::<V>(x, b, g, tile, o, lse, ws) };
     }
@@ -74,21 +74,57 @@ impl<const N: usize> Place<N> {
 /// Transpose rows of `from` into `to [D, N x LANES]`, times `scale`; lanes without a row become zero.
 #[inline(always)]
 pub(super) unsafe fn pack<V: Simd, const N: usize>(rows: &[usize], from: &[f32], d: usize, scale: f32, to: *mut f32) {
+    let whole = d / V::LANES * V::LANES;
+    let zeros = [0.0f32; 16];
+    let (mut block, mut out) = ([zeros.as_ptr(); 16], [to; 16]);
     for n in 0..N {
-        for l in 0..V::LANES {
-            let at = rows[n * V::LANES + l];
-            let to = to.wrapping_add(n * V::LANES + l);
-            if at != NO_ROW {
-                let row = &from[at..][..d];
-                for (i, &value) in row.iter().enumerate() {
-                    // SAFETY: `to` has D x N x LANES numbers.
-                    unsafe { to.wrapping_add(i * N * V::LANES).write(value * scale) };
+        let rows = &rows[n * V::LANES..(n + 1) * V::LANES];
+        let to = to.wrapping_add(n * V::LANES);
+        for i in (0..whole).step_by(V::LANES) {
+            for l in 0..V::LANES {
+                block[l] = if rows[l] == NO_ROW { zeros.as_ptr() } else { from[rows[l]..][..d].as_ptr().wrapping_add(i) };
+                out[l] = to.wrapping_add((i + l) * N * V::LANES);
+            }
+            // SAFETY: the rows have D numbers or are `zeros`, `to` has D x N x LANES.
+            unsafe { V::transpose(&block, V::splat(scale), &out) };
+        }
+        for (l, &at) in rows.iter().enumerate() {
+            for i in whole..d {
+                let value = if at == NO_ROW { 0.0 } else { from[at + i] };
+                // SAFETY: as above.
+                unsafe { to.wrapping_add(i * N * V::LANES + l).write(value * scale) };
+            }
+        }
+    }
+}
+
+/// The way back: rows of `to` become the lanes of `from [D, N x LANES]`, times `scale`, one factor for every lane.
+///
+/// # Safety
+/// As `fwd_tile`: nobody else touches those rows.
+#[inline(always)]
+pub(super) unsafe fn unpack<V: Simd, const N: usize>(rows: &[usize], from: *const f32, d: usize, scale: &[f32], to: SharedRows<'_>) {
+    let whole = d / V::LANES * V::LANES;
+    let mut nowhere = [0.0f32; 16];
+    let (mut block, mut out) = ([from; 16], [nowhere.as_mut_ptr(); 16]);
+    for n in 0..N {
+        let lanes = n * V::LANES..(n + 1) * V::LANES;
+        let (rows, scale) = (&rows[lanes.clone()], &scale[lanes]);
+        let from = from.wrapping_add(n * V::LANES);
+        for i in (0..whole).step_by(V::LANES) {
+            // SAFETY: the caller's contract; `from` has D x N x LANES numbers.
+            unsafe {
+                for l in 0..V::LANES {
+                    block[l] = from.wrapping_add((i + l) * N * V::LANES);
+                    out[l] = if rows[l] == NO_ROW { nowhere.as_mut_ptr() } else { to.row(rows[l], d).as_mut_ptr().wrapping_add(i) };
                 }
-            } else {
-                for i in 0..d {
-                    // SAFETY: as above.
-                    unsafe { to.wrapping_add(i * N * V::LANES).write(0.0) };
-                }
+                V::transpose(&block, V::load(scale.as_ptr()), &out);
+            }
+        }
+        for (l, &at) in rows.iter().enumerate().filter(|&(_, &at)| at != NO_ROW) {
+            for i in whole..d {
+                // SAFETY: as above.
+                unsafe { to.row(at, d)[i] = from.wrapping_add(i * N * V::LANES + l).read() * scale[l] };
             }
         }
     }
@@ -108,7 +144,7 @@ unsafe fn panel<V: Simd, const N: usize, const M: usize>(
     let d = x.dims.d;
     let lanes = N * V::LANES;
     let place = Place::<N>::new(at, x.dims.group(), V::LANES);
-    let rows = place.rows(x, b, g, tile, V::LANES);
+    let mut rows = place.rows(x, b, g, tile, V::LANES);
     let (q, ot, p) = (ws.q.ptr(d * LANES), ws.o.ptr(d * LANES), ws.p.ptr(STEP * LANES));
     let last = (place.query[N - 1] + V::LANES).min(tile.n) - 1;
     let mut keys = Keys::new(tile, place.query[0], last);
@@ -149,17 +185,17 @@ unsafe fn panel<V: Simd, const N: usize, const M: usize>(
             sum[i].store(sums.as_mut_ptr().wrapping_add(i * V::LANES));
             max[i].store(maxima.as_mut_ptr().wrapping_add(i * V::LANES));
         }
-        for (lane, &at) in rows[..lanes].iter().enumerate() {
+        let mut inverse = [0.0f32; LANES];
+        for (lane, at) in rows[..lanes].iter_mut().enumerate() {
             // A sum of zero is a row without keys; NaN must go through.
-            if at == NO_ROW || sums[lane] == 0.0 {
+            if *at == NO_ROW || sums[lane] == 0.0 {
+                *at = NO_ROW;
                 continue;
             }
-            let inverse = 1.0 / sums[lane];
-            for (i, o) in o.row(at, d).iter_mut().enumerate() {
-                *o = ot.wrapping_add(i * lanes + lane).read() * inverse;
-            }
-            lse.row(at / d, 1)[0] = maxima[lane] * LN_2 + sums[lane].ln();
+            inverse[lane] = 1.0 / sums[lane];
+            lse.row(*at / d, 1)[0] = maxima[lane] * LN_2 + sums[lane].ln();
         }
+        unpack::<V, N>(&rows, ot, d, &inverse, o);
     }
     debug_assert!(last < QUERIES);
 }
