@@ -49,9 +49,10 @@ pub fn recall_rows(
         for (depth, documents) in depths.chain([all]) {
             let n_prompts = documents.iter().map(|d| d.exact.len()).sum();
             let pick = |f: fn(&Answers) -> &Vec<f32>| -> Vec<&Vec<f32>> { documents.iter().map(|d| f(d)).collect() };
+            // Answers are the trials: the tokens of one answer stand and fall together.
             let share = |values: Vec<&Vec<f32>>| {
                 let (sum, n) = values.iter().fold((0.0, 0), |(s, n), v| (s + v.iter().map(|&x| x as f64).sum::<f64>(), n + v.len()));
-                Estimate::share(if n == 0 { 0.0 } else { (sum / n as f64).clamp(0.0, 1.0) }, n)
+                Estimate::share(if n == 0 { 0.0 } else { (sum / n as f64).clamp(0.0, 1.0) }, n_prompts)
             };
             let (Some(token_accuracy), Some(exact_match)) = (share(pick(|a| &a.hits)), share(pick(|a| &a.exact))) else { continue };
             rows.push(RecallRow {

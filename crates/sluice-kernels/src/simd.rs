@@ -493,7 +493,7 @@ mod tests {
     #[test]
     fn transpose_moves_and_scales_every_number() {
         let x: Vec<f32> = (0..256).map(|i| 1.0 + i as f32).collect();
-        let mut check = |run: &mut dyn FnMut(&[f32], &mut [f32])| {
+        let check = |run: &mut dyn FnMut(&[f32], &mut [f32])| {
             let mut y = vec![0.0; 256];
             run(&x, &mut y);
             let n = y[..16].iter().filter(|&&y| y != 0.0).count();

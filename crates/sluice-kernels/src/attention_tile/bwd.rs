@@ -121,7 +121,8 @@ unsafe fn panel<V: Simd, const N: usize, const M: usize>(
         }
         lse[lane] = y.lse[*at / d] * LOG2_E;
         let (query, dout, o) = (&x.q[*at..][..d], &y.dout[*at..][..d], &y.o[*at..][..d]);
-        delta[lane] = dout.iter().zip(o).map(|(a, b)| a * b).sum();
+        // SAFETY: both rows have `d` numbers.
+        delta[lane] = unsafe { products::dot::<V>(dout.as_ptr(), o.as_ptr(), d) };
         // SAFETY: as above; columns from `d` to `width` are zero from the beginning.
         unsafe {
             q_rows.wrapping_add(lane * width).copy_from_nonoverlapping(query.as_ptr(), d);

@@ -256,3 +256,21 @@ unsafe fn scatter_block<V: Simd, const N: usize, const M: usize>(
         }
     }
 }
+
+/// Inner product of two rows of `d` numbers.
+#[inline(always)]
+pub(super) unsafe fn dot<V: Simd>(a: *const f32, b: *const f32, d: usize) -> f32 {
+    let whole = d / V::LANES * V::LANES;
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut acc = V::splat(0.0);
+        for i in (0..whole).step_by(V::LANES) {
+            acc = V::load(a.wrapping_add(i)).mul_add(V::load(b.wrapping_add(i)), acc);
+        }
+        let mut sum = acc.sum();
+        for i in whole..d {
+            sum += *a.wrapping_add(i) * *b.wrapping_add(i);
+        }
+        sum
+    }
+}

@@ -118,7 +118,7 @@ pub(crate) fn bwd(dims: &Dims, [dout, q, k, v, o, lse]: [&Tensor; 6], lens: &[us
 fn chunks(dims: &Dims, lens: &[usize], tiler: &impl Tiler) -> Vec<(usize, usize, Range<usize>)> {
     let mut tasks = Vec::new();
     for (b, &len) in lens.iter().enumerate() {
-        let n = (16 / (dims.b * dims.g)).clamp(1, len.div_ceil(8 * QUERIES).clamp(1, 8));
+        let n = 12usize.div_ceil(dims.b * dims.g).min(len.div_ceil(4 * QUERIES)).clamp(1, 8);
         let n_spans = len.div_ceil(QUERIES);
         let mut first = 0;
         for chunk in 1..=n {
