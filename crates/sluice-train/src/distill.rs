@@ -104,6 +104,8 @@ pub struct Distiller {
     pub model: Decoder,
     /// A second, larger model that gives the logits of stage 2.
     pub teacher: Option<Decoder>,
+    /// The student's weights as they were, with routing off: the teacher. Shares their memory until they change.
+    original: Decoder,
     /// The run.
     pub config: DistillConfig,
     /// Finished items.
@@ -134,13 +136,26 @@ impl Distiller {
             let (s, t) = (model.config.vocab_size, teacher.config.vocab_size);
             ensure!(s == t, "the teacher has a vocabulary of {t} tokens and the student one of {s}; distillation needs the same tokenizer");
         }
+        let original = model.clone();
         if !model.has_gates() {
             model.add_gates(config.routing.gate_heads);
         }
         let plan = config.plan();
         let warm_start = WarmStart::new(&model);
         let optimizer = Optimizer::default();
-        Ok(Self { model, teacher, config, reports: Vec::new(), documents, plan, cursor: 0, warm_start, optimizer, optimizer_of: None })
+        Ok(Self {
+            model,
+            teacher,
+            original,
+            config,
+            reports: Vec::new(),
+            documents,
+            plan,
+            cursor: 0,
+            warm_start,
+            optimizer,
+            optimizer_of: None,
+        })
     }
 
     /// Continue at a saved state, if there is one. Returns whether there was.
@@ -331,7 +346,7 @@ impl Distiller {
         let plan = AttentionPlan { policy: Policy::Gate, routing, noise: self.noise(steps, steps) };
         let samples = [self.sampling().positions(t, mix(self.config.seed, self.cursor as u64))];
         let taught = self.teach(&tokens, &samples, routing.window);
-        let head = self.model.head().value.clone();
+        let head = self.original.head().value.clone();
         let (teacher_h, teacher_head) = match &self.teacher {
             Some(teacher) => {
                 let frozen = Tape::frozen();
@@ -387,14 +402,14 @@ impl Distiller {
         Ok(report(work, t, Some(shown), routing.kv_budget(), Some(norm)))
     }
 
-    /// Dense pass of the student's own weights: block outputs, labels and final hidden states.
+    /// Dense pass of the original weights: block outputs, labels and final hidden states.
     fn teach(&self, tokens: &[u32], samples: &[Vec<u32>; 1], window: usize) -> TeacherPass {
         let tape = Tape::frozen();
         let t = tokens.len();
         let positions: Vec<u32> = (0..t as u32).collect();
-        let mut h = self.model.embed(&tape, tokens, 1);
+        let mut h = self.original.embed(&tape, tokens, 1);
         let (mut blocks, mut labels) = (Vec::new(), Vec::new());
-        for layer in &self.model.layers {
+        for layer in &self.original.layers {
             let p = layer.project(&tape, &h, &positions);
             let (o, lse) = dense_attention::fwd(p.q.value(), p.k.value(), p.v.value(), 0, &[t]);
             labels.extend(policy::future_attention_at(layer, h.value(), &p, &lse, samples, &[t], window));
@@ -402,7 +417,7 @@ impl Distiller {
             h = layer.finish(&tape, &h, &block);
             blocks.push(block.value().clone());
         }
-        let h = tape.rms_norm(&h, Some(&tape.param(&self.model.final_norm)), self.model.config.norm_eps);
+        let h = tape.rms_norm(&h, Some(&tape.param(&self.original.final_norm)), self.original.config.norm_eps);
         TeacherPass { blocks, labels, h: h.value().clone() }
     }
 
@@ -417,9 +432,9 @@ impl Distiller {
             // What the last `window` tokens alone predict: routed attention with no routed keys.
             let routing = RoutingConfig { top_k: 0, n_sink: 0, ..self.config.routing };
             let plan = AttentionPlan::new(Policy::Streaming, routing);
-            let hidden = self.model.forward(&Tape::frozen(), tokens, &[t], &plan, Forward::default()).h;
-            let hidden = hidden.value().reshape([t, self.model.config.d_model]);
-            output_head::cross_entropy(&hidden, &self.model.head().value, &targets, &known, Wanted::NOTHING).nll
+            let hidden = self.original.forward(&Tape::frozen(), tokens, &[t], &plan, Forward::default()).h;
+            let hidden = hidden.value().reshape([t, self.original.config.d_model]);
+            output_head::cross_entropy(&hidden, &self.original.head().value, &targets, &known, Wanted::NOTHING).nll
         });
         let seed = mix(self.config.seed ^ 0xC0DE, self.cursor as u64);
         let mut weights: Vec<f32> = (0..t)

@@ -152,14 +152,12 @@ fn work_through(distiller: &mut Distiller, state: &std::path::Path) -> Result<()
     let bar = progress::bar(all as u64, "items");
     bar.set_position(done as u64);
     let mut saved = Instant::now();
-    while let Some(work) = distiller.next_work() {
-        bar.set_prefix(work.name());
-        let report = distiller.step()?.expect("there was an item");
+    while let Some(report) = distiller.step()? {
         bar.inc(1);
         bar.set_message(shown(&report));
         if bar.is_hidden() {
             let (done, all) = distiller.progress();
-            eprintln!("{done}/{all}  {}  {}", work.name(), shown(&report));
+            eprintln!("{done}/{all}  {}", shown(&report));
         }
         if saved.elapsed() > SAVE_EVERY || distiller.next_work().is_none() {
             distiller.save(state)?;
