@@ -57,7 +57,7 @@ pub(crate) fn measure(
     let shown = held.iter().find_map(|(domain, windows)| Some(((*domain).clone(), windows.first()?.clone())));
     let shown = recall.first().and_then(|(_, docs)| Some(("recall document".to_string(), docs.first()?.tokens.clone()))).or(shown);
     let inside = shown.as_ref().map(|(_, tokens)| Inside::of(model, tokens, &routing));
-    let mut report = Report::new(format!("Routed student of {teacher}"), summary(teacher, loaded, distiller, data, &routing));
+    let mut report = Report::new(format!("Routed student of {teacher}"), summary(loaded, distiller, data, &routing));
     report.quality = quality;
     report.recall = recall_section;
     report.curves = Some(curves(&distiller.reports));
@@ -71,7 +71,13 @@ pub(crate) fn measure(
     Ok(report)
 }
 
-fn summary(teacher: &str, loaded: &Loaded, distiller: &Distiller, data: &DistillData, routing: &RoutingConfig) -> RunSummary {
+/// The command line of this process, as somebody would type it again.
+fn command() -> String {
+    let quoted = |arg: String| if arg.contains(char::is_whitespace) { format!("'{arg}'") } else { arg };
+    std::iter::once("sluice".to_string()).chain(std::env::args().skip(1).map(quoted)).collect::<Vec<_>>().join(" ")
+}
+
+fn summary(loaded: &Loaded, distiller: &Distiller, data: &DistillData, routing: &RoutingConfig) -> RunSummary {
     let model = &distiller.model.config;
     let mut stages: Vec<StageRun> = Vec::new();
     for report in &distiller.reports {
@@ -99,7 +105,7 @@ fn summary(teacher: &str, loaded: &Loaded, distiller: &Distiller, data: &Distill
         cpu: cpu_name(),
         peak_memory_bytes: peak_memory(),
         versions: vec![("sluice".into(), env!("CARGO_PKG_VERSION").into())],
-        command: format!("sluice distill --teacher {teacher}"),
+        command: command(),
         ..RunSummary::default()
     }
 }
