@@ -70,8 +70,8 @@ impl Decoder {
 
     /// Random weights for training from scratch: normal, std `1 / sqrt(inputs)`, so that queries meet keys with logits of
     /// order one whatever the width; output projections scaled down by `1 / sqrt(2 L)` (GPT-2), embeddings 0.04, norms one. Query and key biases,
-    /// where a model has them, are standard normal: under the rotation they give every head its own taste for distances,
-    /// and a head that looks one token back, which copying needs, is near from the first step.
+    /// where a model has them, are standard normal: under the rotation each head begins with a preference of its own for
+    /// certain distances.
     pub fn random(config: &ModelConfig, seed: u64) -> Self {
         let residual_scale = 1.0 / (2.0 * config.n_layers as f32).sqrt();
         let mut index = 0u64;
