@@ -14,11 +14,11 @@ use sluice_train::documents::Documents;
 use sluice_train::hash::mix;
 use sluice_train::pretrain::{Batch, TrainConfig};
 
-/// Tokenised texts, and generators of recall documents for every context length of a recipe.
+/// Tokenised texts, and generators of recall documents for every kind of phase of a recipe.
 pub(crate) struct TrainingData {
     tokenizer: Tokenizer,
     documents: Documents,
-    recall: BTreeMap<usize, RecallGenerator>,
+    recall: BTreeMap<(usize, bool), RecallGenerator>,
 }
 
 impl TrainingData {
@@ -31,7 +31,8 @@ impl TrainingData {
         let filler = Filler::new(&tokenizer, &prose);
         let recall = config.phases.iter().map(|phase| {
             let len = phase.context + 1;
-            (len, RecallGenerator::new(RecallConfig::training(len), &tokenizer, filler.clone()))
+            let kind = if phase.drill { RecallConfig::drill(len) } else { RecallConfig::training(len) };
+            ((len, phase.drill), RecallGenerator::new(kind, &tokenizer, filler.clone()))
         });
         let recall = recall.collect();
         let mut texts: Vec<String> = embedded.into_iter().map(|d| d.text).collect();
@@ -60,7 +61,7 @@ impl TrainingData {
                     return self.repetition(hash, len);
                 }
                 let (tokens, answers) = if drawn < phase.copy_share + config.data.recall_share * (1.0 - phase.copy_share) {
-                    let document = self.recall[&len].document(hash);
+                    let document = self.recall[&(len, phase.drill)].document(hash);
                     (document.tokens, document.answers)
                 } else {
                     (self.documents.window(hash, len).to_vec(), Vec::new())

@@ -167,10 +167,12 @@ impl AttentionPlan {
     }
 }
 
-/// `y [B, T, G]`: log of the attention that each key will receive from the queries that come after it has
-/// left the window, weighted by what its value adds to the residual stream (KVzip+, arXiv 2601.07891):
-/// `log sum_t sum_h a_tj |W_O v_j| / |h_t|` over `t in [j + window, j + window + HORIZON)`, cut at the end of
-/// the sequence, so late keys see a shorter future; labels for fitting leave those out.
+/// `y [B, T, G]`: how much the queries that come after a key has left the window would miss it.
+///
+/// `y_j = 1/2 log sum_t sum_h (a_tj |W_O v_j| / |h_t|)^2` over `t in [j + window, j + window + HORIZON)`, cut at the
+/// end of the sequence, so late keys see a shorter future; labels for fitting leave those out. `a_tj |W_O v_j|` is what
+/// a key writes to the residual stream (KVzip+, arXiv 2601.07891), so the sum of squares is, up to cross terms, the
+/// squared error that evicting the key causes. A sum without squares instead rewards keys that many queries read a little.
 pub fn future_attention_labels(layer: &Layer, h: &Tensor, p: &Projected, lens: &[usize], window: usize) -> Tensor {
     let (_, lse) = dense_attention::fwd(p.q.value(), p.k.value(), p.v.value(), 0, lens);
     let everything: Vec<Vec<u32>> = lens.iter().map(|&n| (0..n as u32).collect()).collect();
@@ -194,8 +196,8 @@ pub fn future_attention_at(
     lens: &[usize],
     window: usize,
 ) -> Vec<Tensor> {
-    let key_weight = output_norms(layer, p.v.value()); // [B, S, H]
-    let query_weight: Vec<f32> = h.f32().chunks_exact(h.last_dim()).map(|row| 1.0 / norm(row).max(1e-6)).collect(); // [B T]
+    let key_weight = squared_output_norms(layer, p.v.value()); // [B, S, H]
+    let query_weight: Vec<f32> = h.f32().chunks_exact(h.last_dim()).map(|row| 1.0 / squared_norm(row).max(1e-12)).collect(); // [B T]
     let mut mass = attention_mass::future_mass(
         p.q.value(),
         p.k.value(),
@@ -205,17 +207,18 @@ pub fn future_attention_at(
         positions,
         window,
         HORIZON,
+        2.0,
         lens,
     );
     for of_sequence in &mut mass {
-        of_sequence.f32_mut().iter_mut().for_each(|m| *m = m.max(1e-12).ln());
+        of_sequence.f32_mut().iter_mut().for_each(|m| *m = 0.5 * m.max(1e-24).ln());
     }
     mass
 }
 
-/// `|W_O,h v_j|` `[B, S, H]`: what the value of key `j` writes to the residual stream through head `h`.
+/// `|W_O,h v_j|^2` `[B, S, H]`: what the value of key `j` writes to the residual stream through head `h`.
 /// Through the Gram matrix of each head's slice of `W_O`, which costs `D^2` instead of `M D` per value.
-fn output_norms(layer: &Layer, v: &Tensor) -> Tensor {
+fn squared_output_norms(layer: &Layer, v: &Tensor) -> Tensor {
     let [b, s, g, d] = v.dims();
     let n_heads = layer.shape.n_heads;
     let group = n_heads / g;
@@ -233,7 +236,7 @@ fn output_norms(layer: &Layer, v: &Tensor) -> Tensor {
         for row in 0..b * s {
             let value = &v.f32()[(row * g + head / group) * d..][..d];
             let square: f32 = value.iter().zip(&projected[row * d..][..d]).map(|(a, b)| a * b).sum();
-            norms[row * n_heads + head] = square.max(0.0).sqrt();
+            norms[row * n_heads + head] = square.max(0.0);
         }
     }
     Tensor::from_vec(norms, [b, s, n_heads])
@@ -248,8 +251,8 @@ fn accumulate_blocks(mass: &mut [f32], batch: usize, n_blocks: usize, per_block:
     }
 }
 
-fn norm(row: &[f32]) -> f32 {
-    row.iter().map(|x| x * x).sum::<f32>().sqrt()
+fn squared_norm(row: &[f32]) -> f32 {
+    row.iter().map(|x| x * x).sum::<f32>()
 }
 
 /// Hash of two numbers (SplitMix64 finaliser): the same on every machine and in every order of evaluation.

@@ -93,6 +93,9 @@ pub struct Phase {
     /// Share of the sequences that are random tokens said twice or more, on which copying is learned fastest.
     #[serde(default)]
     pub copy_share: f64,
+    /// Recall documents packed with facts and questions instead of long stretches of text between them.
+    #[serde(default)]
+    pub drill: bool,
 }
 
 /// What one step did.

@@ -1,8 +1,10 @@
 //! Stage 0: a gate fitted in closed form, without backpropagation.
 //!
-//! Per layer and KV head, ridge regression of the future attention that a key will receive (`y`, see
-//! [`sluice_model::policy::future_attention_at`]) on the normalised attention input, the linear form of KVzap
-//! (arXiv 2601.07891). The label is blind to age: an old key that has had its readers scores like a young one that
+//! Per layer and KV head, ridge regression on the normalised attention input, the linear form of KVzap
+//! (arXiv 2601.07891). What is regressed is not the future attention `y` of a key (see
+//! [`sluice_model::policy::future_attention_at`]) but `-log` of its rank among the keys of its document: a router only
+//! compares scores, and a fit of `y` itself spends itself on telling apart the many keys that no budget would keep.
+//! Every halving of the budget weighs the same. The label is blind to age: an old key that has had its readers scores like a young one that
 //! still has them ahead. A recency slope per KV head repairs that; it is chosen by a line search on the attention
 //! mass that the resulting routing keeps, which is what the gate is for.
 
@@ -86,7 +88,7 @@ impl WarmStart {
         let wanted = [positions];
         for_each_dense_layer(model, tokens, |index, layer, dense| {
             let y = policy::future_attention_at(layer, dense.h, dense.p, dense.lse, &wanted, &[tokens.len()], sampling.window);
-            self.layers[index].add(dense.p.x.value(), layer.shape.norm_eps, &wanted[0], &y[0]);
+            self.layers[index].add(dense.p.x.value(), layer.shape.norm_eps, &wanted[0], &minus_log_rank(&y[0]));
         });
         wanted[0].len()
     }
@@ -134,6 +136,20 @@ impl WarmStart {
         }
         Ok(())
     }
+}
+
+/// `-ln(rank / n)` of every label `[n, G]` among those of its KV head; rank 1 is the largest, ties in order of position.
+fn minus_log_rank(y: &Tensor) -> Tensor {
+    let [n, g] = y.dims();
+    let mut ranked = vec![0.0; n * g];
+    for head in 0..g {
+        let mut order: Vec<usize> = (0..n).collect();
+        order.sort_by(|&a, &b| y.f32()[b * g + head].total_cmp(&y.f32()[a * g + head]));
+        for (place, i) in order.into_iter().enumerate() {
+            ranked[i * g + head] = (n as f32 / (place + 1) as f32).ln();
+        }
+    }
+    Tensor::from_vec(ranked, [n, g])
 }
 
 /// Choose the recency slope of every gate head: the one whose routing keeps most of the attention that dense
@@ -347,6 +363,13 @@ mod tests {
         sluice_testkit::assert_close("weight", &weight, truth.f32(), 1e-3);
         sluice_testkit::assert_close("bias", &bias, &[3.0, 3.0], 1e-3);
         assert!(deviation.iter().all(|d| *d > 1.0 && *d < 10.0), "{deviation:?}");
+    }
+
+    #[test]
+    fn labels_become_the_logarithm_of_their_rank_per_head() {
+        let y = Tensor::from_vec(vec![-9.0, 0.5, 3.0, 0.1, -1.0, 0.4, 7.0, 0.3], [4, 2]);
+        let want = [(4.0, 1.0), (2.0, 4.0), (3.0, 2.0), (1.0, 3.0f32)].map(|(a, b): (f32, f32)| [(4.0 / a).ln(), (4.0 / b).ln()]);
+        assert_eq!(minus_log_rank(&y).f32(), want.as_flattened());
     }
 
     #[test]

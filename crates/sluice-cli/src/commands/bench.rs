@@ -256,7 +256,7 @@ fn train_step(args: &TrainStepArgs) -> Result<()> {
         model,
         optimizer: Default::default(),
         data: DataConfig { recall_share: 0.0, answer_weight: 1.0, text: Vec::new() },
-        phases: vec![Phase { steps: 1000, context, batch, copy_share: 0.0 }],
+        phases: vec![Phase { steps: 1000, context, batch, copy_share: 0.0, drill: false }],
         checkpoint: args.checkpoint,
     };
     let vocab = config.model.vocab_size as u64;

@@ -17,6 +17,7 @@ pub(super) fn future_mass(
     positions: &[Vec<u32>],
     window: usize,
     horizon: usize,
+    power: f32,
     lens: &[usize],
 ) -> Vec<Tensor> {
     let &Dims { batch, t, n_heads, n_kv_heads, head_dim } = dims;
@@ -43,12 +44,13 @@ pub(super) fn future_mass(
                                 // j + window <= i < j + window + horizon
                                 first_key: at.partition_point(|j| j + window + horizon <= i),
                                 end_key: at.partition_point(|j| j + window <= i),
-                                lse: lse[(b * t + i) * n_heads + h],
+                                // exp(z - lse)^power = exp(power z - power lse)
+                                lse: power * lse[(b * t + i) * n_heads + h],
                                 weight: query_weight.map_or(1.0, |w| w[b * t + i]),
                             })
                             .collect();
                         let mut mass = vec![0.0; at.len()];
-                        add_mass(q, &rows, k, &keys, head_dim, dims.scale(), &mut mass);
+                        add_mass(q, &rows, k, &keys, head_dim, power * dims.scale(), &mut mass);
                         for ((total, mass), &j) in total.iter_mut().zip(mass).zip(&at) {
                             *total += mass * key_weight.map_or(1.0, |w| w[(b * t + j) * n_heads + h]);
                         }

@@ -18,7 +18,7 @@ use sluice_tensor::Tensor;
 ///
 /// For each `j` of `positions[b]` and each KV head: the sum over the queries `t` in
 /// `[j + window, min(j + window + horizon, lens[b]))` and over the query heads `h` of the group of
-/// `a_tj * key_weight[b, j, h] * query_weight[b * T + t]`. `q [B, T, H, D]`, `k [B, T, G, D]`, `lse [B, T, H]`,
+/// `a_tj^power * key_weight[b, j, h] * query_weight[b * T + t]`. `q [B, T, H, D]`, `k [B, T, G, D]`, `lse [B, T, H]`,
 /// `key_weight [B, T, H]`. Returns `[n_b, G]` per sequence, in the order of `positions[b]`.
 #[track_caller]
 pub fn future_mass(
@@ -30,6 +30,7 @@ pub fn future_mass(
     positions: &[Vec<u32>],
     window: usize,
     horizon: usize,
+    power: f32,
     lens: &[usize],
 ) -> Vec<Tensor> {
     let dims = Dims::of("future_mass", q, k, lse, lens);
@@ -42,7 +43,7 @@ pub fn future_mass(
     assert_eq!(positions.len(), dims.batch, "future_mass: lists of positions with q {:?}", q.shape());
     let last = positions.iter().flatten().max();
     assert!(last.is_none_or(|&p| (p as usize) < dims.t), "future_mass: position {last:?} is outside k {:?}", k.shape());
-    cpu::future_mass(&dims, q.f32(), k.f32(), lse.f32(), key_weight.map(Tensor::f32), query_weight, positions, window, horizon, lens)
+    cpu::future_mass(&dims, q.f32(), k.f32(), lse.f32(), key_weight.map(Tensor::f32), query_weight, positions, window, horizon, power, lens)
 }
 
 /// Attention that each key receives from each block of `route_every` queries, all query heads of the group together:

@@ -20,6 +20,7 @@ pub(super) fn future_mass(
     positions: &[Vec<u32>],
     window: usize,
     horizon: usize,
+    power: f32,
     lens: &[usize],
 ) -> Vec<Vec<f64>> {
     let ([batch, len, n_heads, _], [_, _, n_kv_heads, _]) = (q.dims(), k.dims());
@@ -32,7 +33,8 @@ pub(super) fn future_mass(
                 for t in j + window..(j + window + horizon).min(lens[b]) {
                     let of_key = key_weight.map_or(1.0, |w| w.f32()[(b * len + j) * n_heads + h] as f64);
                     let of_query = query_weight.map_or(1.0, |w| w[b * len + t] as f64);
-                    mass[i * n_kv_heads + h / (n_heads / n_kv_heads)] += attention(q, k, lse, b, h, t, j) * of_key * of_query;
+                    mass[i * n_kv_heads + h / (n_heads / n_kv_heads)] +=
+                        attention(q, k, lse, b, h, t, j).powf(power as f64) * of_key * of_query;
                 }
             }
         }
