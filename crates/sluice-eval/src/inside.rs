@@ -46,7 +46,7 @@ impl Inside {
             let scores = layer.score(&tape, &p.x, &positions).value().clone();
             let routed = top_k_routing::route(&scores, &lens, &budget(routing));
             let (_, lse) = dense_attention::fwd(p.q.value(), p.k.value(), p.v.value(), 0, &lens);
-            let mass = attention_mass::block_mass(p.q.value(), p.k.value(), &lse, routing.route_every, &lens); // [1, blocks, G, S]
+            let mass = attention_mass::block_mass(p.q.value(), p.k.value(), &lse, routing.route_every, 1.0, &lens); // [1, blocks, G, S]
             let kept_mass = kept_mass(&mass, &routed);
             let (o, _) = plan.attend(&tape, layer, index, &h, &p, &lens);
             let block = layer.block_output(&tape, &o);

@@ -128,7 +128,7 @@ impl AttentionPlan {
             }
             Policy::H2o => {
                 let (_, lse) = dense_attention::fwd(p.q.value(), p.k.value(), p.v.value(), 0, lens);
-                let mut seen = attention_mass::block_mass(p.q.value(), p.k.value(), &lse, budget.route_every, lens); // [B, n_blocks, G, S]
+                let mut seen = attention_mass::block_mass(p.q.value(), p.k.value(), &lse, budget.route_every, 1.0, lens); // [B, n_blocks, G, S]
                 let n_blocks = t.div_ceil(budget.route_every);
                 accumulate_blocks(seen.f32_mut(), b, n_blocks, g * t);
                 let seen = seen.f32();

@@ -21,8 +21,9 @@ use sluice_tensor::gemm::{Mat, gemm};
 use crate::hash::mix;
 use crate::snapshot::State;
 
-/// Slopes tried by the line search, in standard deviations of the label per 1024 positions.
-const SLOPES: [f32; 9] = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0];
+/// Slopes tried by the line search, in standard deviations of the label per 1024 positions. The last is recency with
+/// content as little more than a tie-break: what a head wants that reads nothing far away on purpose.
+const SLOPES: [f32; 12] = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0, 12.0, 25.0, 100.0];
 
 /// Sums of the regression over all documents seen.
 pub struct WarmStart {
@@ -153,7 +154,9 @@ fn minus_log_rank(y: &Tensor) -> Tensor {
 }
 
 /// Choose the recency slope of every gate head: the one whose routing keeps most of the attention that dense
-/// queries pay to keys outside their window, averaged over the budgets.
+/// queries pay to keys outside their window, averaged over the budgets. Half of the vote counts attention, half squared
+/// attention: the first alone would give a head to recency that spreads its attention nearly always and copies from far
+/// away when it matters; the second alone forgets that many small losses add up.
 pub struct SlopeSearch {
     /// Kept share summed over documents and budgets, `[L][G][SLOPES]`.
     kept: Vec<Vec<[f64; SLOPES.len()]>>,
@@ -172,7 +175,7 @@ impl SlopeSearch {
             let positions: Vec<u32> = (0..tokens.len() as u32).collect();
             let content = layer.score(&Tape::frozen(), &dense.p.x, &positions); // [1, T, G], slope still zero
             let (q, k) = (dense.p.q.value(), dense.p.k.value());
-            let mass = attention_mass::block_mass(q, k, dense.lse, routing.route_every, &[tokens.len()]); // [1, blocks, G, S]
+            let masses = [1.0, 2.0].map(|power| attention_mass::block_mass(q, k, dense.lse, routing.route_every, power, &[tokens.len()]));
             for (si, slope) in SLOPES.into_iter().enumerate() {
                 let mut scores = content.value().clone();
                 for (i, s) in scores.f32_mut().iter_mut().enumerate() {
@@ -182,8 +185,10 @@ impl SlopeSearch {
                 for &kv_budget in budgets {
                     let Ok(at_budget) = routing.with_kv_budget(kv_budget) else { continue };
                     let routing = top_k_routing::route(&scores, &[tokens.len()], &policy::budget(&at_budget));
-                    for (head, kept) in kept_mass(&mass, &routing).into_iter().enumerate() {
-                        self.kept[index][head][si] += kept;
+                    for mass in &masses {
+                        for (head, kept) in kept_mass(mass, &routing).into_iter().enumerate() {
+                            self.kept[index][head][si] += kept;
+                        }
                     }
                 }
             }
@@ -232,7 +237,7 @@ fn for_each_dense_layer(model: &Decoder, tokens: &[u32], mut look: impl FnMut(us
     }
 }
 
-/// Share of the attention outside the window that a routing keeps, per KV head.
+/// Share of the attention outside the window, `mass [1, blocks, G, S]`, that a routing keeps, per KV head.
 fn kept_mass(mass: &Tensor, routing: &sluice_kernels::routed_attention::Routing) -> Vec<f64> {
     let [_, n_blocks, g, s] = mass.dims();
     let mass = mass.f32();

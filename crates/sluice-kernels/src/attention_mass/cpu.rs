@@ -84,7 +84,7 @@ fn tiles<'a>(order: &'a [usize], positions: &[u32], span: usize) -> Vec<&'a [usi
     tiles
 }
 
-pub(super) fn block_mass(dims: &Dims, q: &[f32], k: &[f32], lse: &[f32], route_every: usize, lens: &[usize]) -> Tensor {
+pub(super) fn block_mass(dims: &Dims, q: &[f32], k: &[f32], lse: &[f32], route_every: usize, power: f32, lens: &[usize]) -> Tensor {
     let &Dims { batch, t, n_heads, n_kv_heads, head_dim } = dims;
     let n_blocks = t.div_ceil(route_every);
     let mut mass = vec![0.0; batch * n_blocks * n_kv_heads * t];
@@ -102,11 +102,11 @@ pub(super) fn block_mass(dims: &Dims, q: &[f32], k: &[f32], lse: &[f32], route_e
                     at: ((b * t + i) * n_heads + h) * head_dim,
                     first_key: 0,
                     end_key: (i + 1 - first_key).min(keys.len()),
-                    lse: lse[(b * t + i) * n_heads + h],
+                    lse: power * lse[(b * t + i) * n_heads + h],
                     weight: 1.0,
                 })
                 .collect();
-            add_mass(q, &rows, k, &keys, head_dim, dims.scale(), mass);
+            add_mass(q, &rows, k, &keys, head_dim, power * dims.scale(), mass);
         }
     });
     Tensor::from_vec(mass, [batch, n_blocks, n_kv_heads, t])

@@ -46,13 +46,13 @@ pub fn future_mass(
     cpu::future_mass(&dims, q.f32(), k.f32(), lse.f32(), key_weight.map(Tensor::f32), query_weight, positions, window, horizon, power, lens)
 }
 
-/// Attention that each key receives from each block of `route_every` queries, all query heads of the group together:
-/// `[B, n_blocks, G, T]`. `q [B, T, H, D]`, `k [B, T, G, D]`, `lse [B, T, H]`.
+/// Attention that each key receives from each block of `route_every` queries, `a_tj^power` summed over the block and the
+/// query heads of the group: `[B, n_blocks, G, T]`. `q [B, T, H, D]`, `k [B, T, G, D]`, `lse [B, T, H]`.
 #[track_caller]
-pub fn block_mass(q: &Tensor, k: &Tensor, lse: &Tensor, route_every: usize, lens: &[usize]) -> Tensor {
+pub fn block_mass(q: &Tensor, k: &Tensor, lse: &Tensor, route_every: usize, power: f32, lens: &[usize]) -> Tensor {
     let dims = Dims::of("block_mass", q, k, lse, lens);
     assert!(route_every > 0, "block_mass: blocks of 0 queries");
-    cpu::block_mass(&dims, q.f32(), k.f32(), lse.f32(), route_every, lens)
+    cpu::block_mass(&dims, q.f32(), k.f32(), lse.f32(), route_every, power, lens)
 }
 
 /// Sizes, checked.

@@ -43,7 +43,7 @@ pub(super) fn future_mass(
     result
 }
 
-pub(super) fn block_mass(q: &Tensor, k: &Tensor, lse: &Tensor, route_every: usize, lens: &[usize]) -> Vec<f64> {
+pub(super) fn block_mass(q: &Tensor, k: &Tensor, lse: &Tensor, route_every: usize, power: f32, lens: &[usize]) -> Vec<f64> {
     let ([batch, len, n_heads, _], [_, _, n_kv_heads, _]) = (q.dims(), k.dims());
     let n_blocks = len.div_ceil(route_every);
     let mut mass = vec![0.0; batch * n_blocks * n_kv_heads * len];
@@ -52,7 +52,7 @@ pub(super) fn block_mass(q: &Tensor, k: &Tensor, lse: &Tensor, route_every: usiz
             for h in 0..n_heads {
                 for j in 0..=t {
                     let row = (b * n_blocks + t / route_every) * n_kv_heads + h / (n_heads / n_kv_heads);
-                    mass[row * len + j] += attention(q, k, lse, b, h, t, j);
+                    mass[row * len + j] += attention(q, k, lse, b, h, t, j).powf(power as f64);
                 }
             }
         }

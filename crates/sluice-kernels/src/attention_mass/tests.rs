@@ -78,11 +78,11 @@ fn all_of_the_future_is_all_of_the_attention() {
 fn block_mass_equals_the_sum_over_single_weights() {
     for (batch, t, h, g, d) in CASES {
         let c = case(batch, t, h, g, d);
-        for route_every in [1, 7, 64, 200, 1000] {
-            let got = block_mass(&c.q, &c.k, &c.lse, route_every, &c.lens);
+        for (route_every, power) in [(1, 1.0), (7, 2.0), (64, 1.0), (64, 2.0), (200, 1.0), (1000, 1.0)] {
+            let got = block_mass(&c.q, &c.k, &c.lse, route_every, power, &c.lens);
             assert_eq!(got.shape(), [batch, t.div_ceil(route_every), g, t]);
-            let want = naive::block_mass(&c.q, &c.k, &c.lse, route_every, &c.lens);
-            assert_close(&format!("blocks of {route_every}, {:?}", c.q.shape()), got.f32(), &f32s(&want), 2e-5);
+            let want = naive::block_mass(&c.q, &c.k, &c.lse, route_every, power, &c.lens);
+            assert_close(&format!("blocks of {route_every}, power {power}, {:?}", c.q.shape()), got.f32(), &f32s(&want), 2e-5);
         }
     }
 }
@@ -95,7 +95,7 @@ fn results_do_not_depend_on_the_number_of_threads() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let future = future_mass(&c.q, &c.k, &c.lse, None, None, &positions, 8, 64, 1.0, &c.lens);
-            (future[0].f32().to_vec(), future[1].f32().to_vec(), block_mass(&c.q, &c.k, &c.lse, 16, &c.lens).f32().to_vec())
+            (future[0].f32().to_vec(), future[1].f32().to_vec(), block_mass(&c.q, &c.k, &c.lse, 16, 1.0, &c.lens).f32().to_vec())
         })
     };
     assert_eq!(run(1), run(3));
