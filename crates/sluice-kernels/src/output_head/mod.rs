@@ -1,6 +1,6 @@
 //! Losses fused with the projection onto the vocabulary: `z = h w^T`, `h [n, M]`, `w [V, M]`, `z [n, V]`.
 //!
-//! Logits exist for one chunk of rows at a time (at most 32 MiB a side) and are turned into their own gradient
+//! Logits exist for one chunk of rows at a time (at most 64 MiB a side) and are turned into their own gradient
 //! in place. `weights[i]` multiplies the loss of row `i`; gradients are of `sum_i weights[i] loss_i`, so the
 //! caller normalises. Rows of weight 0 cost nothing and report 0.
 
@@ -42,11 +42,16 @@ pub fn logits(h: &Tensor, w: &Tensor) -> Tensor {
     linear::fwd(h, w, None)
 }
 
-/// Bytes of logits held at a time.
-const CHUNK_BYTES: usize = 32 << 20;
+/// Bytes of logits that stay in a last-level cache between their three matrix products.
+const CACHED_BYTES: usize = 4 << 20;
+/// Rows that make reading all of `w`, and its gradient, worth while.
+const WORTHWHILE_ROWS: usize = 256;
+/// Bytes of logits held at a time, whatever the vocabulary.
+const CHUNK_BYTES: usize = 64 << 20;
 
 fn rows_per_chunk(vocab: usize) -> usize {
-    (CHUNK_BYTES / 4 / vocab.max(1)).max(1)
+    let rows_of = |bytes: usize| bytes / 4 / vocab.max(1);
+    rows_of(CACHED_BYTES).max(WORTHWHILE_ROWS).min(rows_of(CHUNK_BYTES)).max(1)
 }
 
 /// The number of rows per chunk when `n` rows go through in as few chunks of at most `at_most` as possible: even ones, since a
