@@ -2,8 +2,8 @@
 //! activations that each layer keeps for its backward pass, with and without checkpoints. `sluice bench train-step` prints
 //! it beside what it measured.
 //!
-//! A figure per token is in elements; everything is f32. Small things that a step also allocates (positions, sums over rows,
-//! thread scratch) are left out, so the measured peak is a little higher.
+//! Everything is f32. Small things that a step also allocates (positions, sums over rows,
+//! sums of key gradients in attention) are left out, so the measured peak is a little higher.
 
 use serde::{Deserialize, Serialize};
 use sluice_kernels::output_head;
@@ -73,28 +73,23 @@ pub fn dense(config: &ModelConfig, batch: usize, context: usize, checkpoint: boo
     let head = if config.tie_embeddings { 0 } else { embedding };
     let weights = embedding + head + n_layers * weights_of_layer + m;
 
-    let n_chunk = output_head::rows_per_chunk(context * batch, config.vocab_size) as u64;
-    let head_chunk = n_chunk * config.vocab_size as u64;
+    let head_chunk = (output_head::chunk_rows(context * batch, config.vocab_size) * config.vocab_size) as u64;
 
-    // Candidates for the fullest moment; what is alive all the time (weights, moments) is added at the end.
-    // The final norm keeps the last residual stream and gives a normalised one, both with their gradient.
-    let around_head = embedding + tokens * (3 * m + 1);
-    let mut fullest = tokens * n_layers * kept_by_layer + around_head + head_chunk;
-    // The backward pass frees activations and fills in gradients, layer by layer from the last one.
-    for below in 0..n_layers {
-        let gradients = weights - embedding * u64::from(!config.tie_embeddings) - below * weights_of_layer;
-        // The segment's own input is among what the tape outside keeps.
+    // The fullest moment is one of these; weights and moments, alive all the time, are added at the end.
+    // In the output head: the last residual stream, kept by the final norm, its result, the gradient of that, and of the head.
+    let in_head = tokens * (n_layers * kept_by_layer + 3 * m + 1) + embedding + head_chunk;
+    // In SwiGLU on the way back, layer by layer: activations go and gradients come. The down projection has done its part; alive
+    // are the gradients of the residual stream and of SwiGLU's output and inputs. The final norm's result lives as long as the step.
+    let in_layer = (0..n_layers).map(|below| {
+        let gradients = embedding + m + (n_layers - 1 - below) * weights_of_layer + m * f;
+        // A segment runs again as a whole; its input is among what the tape around it keeps.
         let replayed = if checkpoint { per_layer - m } else { 0 };
-        let kept = (below + 1) * kept_by_layer + replayed;
-        // In SwiGLU: the gradients of the stream, of its output and of its two inputs; the down projection's input has gone.
-        let at_swiglu = m + 3 * f - f;
-        // In attention: gradients of the stream, of the output, of queries, keys and values; the MLP's activations have gone.
-        let parts = key_gradient_parts(config, batch, context);
-        let at_attention = (m + 2 * q + 2 * kv + parts).saturating_sub(3 * f + 2 * m + 1);
-        // The final norm's normalised output lives as long as the step.
-        fullest = fullest.max(gradients + tokens * (kept + m + at_swiglu.max(at_attention)));
-    }
-    fullest = fullest.max(weights + tokens * m);
+        let kept = (below + 1) * kept_by_layer + replayed - f;
+        gradients + tokens * (kept + m + m + 3 * f)
+    });
+    // At the end: every gradient, and that of the embedded tokens.
+    let at_end = weights + tokens * 2 * m;
+    let fullest = in_layer.chain([in_head, at_end]).max().expect("a chain of at least two");
     let bytes = |elements: u64| ELEMENT * elements;
     TrainMemory {
         context,
@@ -121,12 +116,53 @@ fn biases_of_layer(config: &ModelConfig) -> u64 {
     projections + norms
 }
 
-/// Per token: sums of key gradients that attention's backward pass holds while its chunks of queries are under way, about
-/// one and a half copies of the gradients of keys and values for two chunks, two and a half for four.
-fn key_gradient_parts(config: &ModelConfig, batch: usize, context: usize) -> u64 {
-    let chunks = sluice_kernels::dense_attention::backward_chunks(batch, config.n_kv_heads, context) as f64;
-    // Chunks of equal work under a causal mask end at sqrt(i / n) of the sequence.
-    let copies: f64 = (1..=chunks as usize).map(|i| (i as f64 / chunks).sqrt()).sum();
-    let row = (2 * config.head_dim.next_multiple_of(16) + 1) * config.n_kv_heads;
-    (copies * row as f64) as u64
+#[cfg(test)]
+mod tests {
+    use sluice_spec::Architecture;
+
+    use super::*;
+
+    fn config() -> ModelConfig {
+        ModelConfig {
+            architecture: Architecture::Llama,
+            n_layers: 3,
+            d_model: 8,
+            d_ff: 16,
+            n_heads: 2,
+            n_kv_heads: 1,
+            head_dim: 4,
+            vocab_size: 32,
+            max_seq_len: 64,
+            norm_eps: 1e-5,
+            rope_theta: 1e4,
+            rope_scaling: None,
+            tie_embeddings: true,
+            qkv_bias: false,
+            qk_norm: false,
+        }
+    }
+
+    #[test]
+    fn activations_of_a_layer_equal_a_count_by_hand() {
+        let memory = dense(&config(), 2, 10, false);
+        // h, 1/rms, x, (q, k, v, o, lse), h after attention, 1/rms, x, gate, up, gated
+        let per_token = 8 + 1 + 8 + (8 + 4 + 4 + 8 + 2) + 8 + 1 + 8 + 16 + 16 + 16;
+        assert_eq!(memory.layer.iter().map(|op| op.bytes).sum::<u64>(), 4 * 20 * per_token);
+        assert_eq!(memory.saved_bytes, 3 * 4 * 20 * per_token);
+    }
+
+    #[test]
+    fn checkpoints_keep_the_residual_stream_alone() {
+        let memory = dense(&config(), 2, 10, true);
+        assert_eq!(memory.saved_bytes, 3 * 4 * 20 * 8);
+        assert!(memory.peak_bytes < dense(&config(), 2, 10, false).peak_bytes);
+    }
+
+    #[test]
+    fn weights_are_counted_with_biases_norms_and_an_untied_head() {
+        let config = ModelConfig { tie_embeddings: false, qkv_bias: true, qk_norm: true, ..config() };
+        let model = crate::Decoder::random(&config, 1);
+        let elements: usize = model.params().iter().map(|p| p.value.len()).sum();
+        assert_eq!(dense(&config, 1, 1, false).parameter_bytes, 4 * elements as u64);
+    }
 }

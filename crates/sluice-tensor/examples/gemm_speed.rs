@@ -9,7 +9,9 @@ use sluice_tensor::gemm::{Mat, gemm};
 fn main() {
     let rows: usize = std::env::args().nth(1).map_or(512, |n| n.parse().expect("a number of rows"));
     println!("{:>6} {:>6} {:>6}  {:>9} {:>9} {:>9}", "rows", "in", "out", "x w^T", "dy w", "dy^T x");
-    for (k, n) in [(576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152), (128, 128), (128, 64), (128, 384), (384, 128), (128, 2048)] {
+    for (k, n) in
+        [(576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152), (128, 128), (128, 64), (128, 384), (384, 128), (128, 2048)]
+    {
         // Logits come in chunks.
         let m = if n == 49152 { rows.min(170) } else { rows };
         let (x, w, dy) = (noise(m * k, 1), noise(n * k, 2), noise(m * n, 3));

@@ -54,6 +54,11 @@ fn rows_per_chunk(vocab: usize) -> usize {
     rows_of(CACHED_BYTES).max(WORTHWHILE_ROWS).min(rows_of(CHUNK_BYTES)).max(1)
 }
 
+/// Rows whose logits exist at a time when `n` rows have a loss.
+pub fn chunk_rows(n: usize, vocab: usize) -> usize {
+    even_chunks(n, rows_per_chunk(vocab)).min(n)
+}
+
 /// The number of rows per chunk when `n` rows go through in as few chunks of at most `at_most` as possible: even ones, since a
 /// last chunk of two rows reads all weights like any other.
 fn even_chunks(n: usize, at_most: usize) -> usize {
@@ -89,11 +94,7 @@ struct Gradients {
 
 impl Gradients {
     fn new(h: &Tensor, w: &Tensor, wanted: Wanted) -> Self {
-        Self {
-            dh: wanted.input.then(|| Tensor::zeros(h.shape())),
-            dw: wanted.weight.then(|| Tensor::zeros(w.shape())),
-            is_zero: true,
-        }
+        Self { dh: wanted.input.then(|| Tensor::zeros(h.shape())), dw: wanted.weight.then(|| Tensor::zeros(w.shape())), is_zero: true }
     }
 
     /// Take in the gradient of the logits of `rows`, whose inputs are `h_rows`.
