@@ -2,8 +2,9 @@
 
     python benches/peers/bench_train_step.py            # prints a table, writes benches/results/train_step.json
 
-Add `--add` to put more rounds into the file, so that a long measurement can be made in parts. Each round runs every engine once, so that a machine that slows down slows all of them; a ratio is the median over the
+Each round runs every engine once, so that a machine that slows down slows all of them; a ratio is the median over the
 rounds of the ratios within a round. Sluice against eager and compiled PyTorch alike: the bar is the faster of the two.
+`--add` puts more rounds into the file, so that a long measurement can be made in parts.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def main():
     environment = os.environ | {"RAYON_NUM_THREADS": str(args.threads), "OMP_NUM_THREADS": str(args.threads)}
     out = pathlib.Path(args.out)
     before = json.loads(out.read_text()) if args.add and out.exists() else {}
-    commit = git("rev-parse", "HEAD") + (" (modified)" if git("status", "--porcelain", "--untracked-files=no", "--", "crates", "benches/peers") else "")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", "crates", "benches/peers")
+    commit = git("rev-parse", "HEAD") + (" (modified)" if changes else "")
     if before and before["commit"] != commit:
         raise SystemExit(f"{out} holds rounds of commit {before['commit']}, this is {commit}; measure without --add")
     results = before.get("configs", {})
@@ -58,12 +60,12 @@ def main():
                 command = [*commands[engine], "--config", config, "--steps", str(args.steps)]
                 print(f"$ round {i + 1} of {args.rounds}:", *command, file=sys.stderr)
                 rounds[-1][engine] = last_json_line(command, environment)
-        results[config] = summary(rounds)
+        commands_so_far = results.get(config, {}).get("commands", [])
+        results[config] = {"commands": commands_so_far + [" ".join(["python", *sys.argv])]} | summary(rounds)
         print_table(config, results[config])
 
     record = {
         "what": "tokens/s of one training step: forward, full backward, AdamW, f32; median of the timed steps",
-        "command": " ".join(["python", *sys.argv]),
         "commit": commit,
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "os": platform.platform()},
         "date": datetime.date.today().isoformat(),
