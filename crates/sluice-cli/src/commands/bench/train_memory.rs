@@ -56,7 +56,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let json = json!({
         "what": "peak bytes of tensors and kernel scratch in one training step (forward, full backward, AdamW, f32), counted against measured",
-        "command": std::env::args().collect::<Vec<_>>().join(" "), "cpu": cpu_name(), "threads": rayon::current_num_threads(), "rows": rows,
+        "command": format!("sluice {}", std::env::args().skip(1).collect::<Vec<_>>().join(" ")), "cpu": cpu_name(), "threads": rayon::current_num_threads(), "rows": rows,
     });
     if let Some(path) = &args.out {
         for (extension, text) in [("json", serde_json::to_string_pretty(&json)? + "\n"), ("md", table(&rows))] {
