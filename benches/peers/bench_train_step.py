@@ -67,7 +67,7 @@ def main():
     record = {
         "what": "tokens/s of one training step: forward, full backward, AdamW, f32; median of the timed steps",
         "commit": commit,
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "os": platform.platform()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "os": f"{platform.system()} {platform.machine()}"},
         "date": datetime.date.today().isoformat(),
         "configs": results,
     }
@@ -109,8 +109,15 @@ def git(*arguments):
 
 
 def cpu_name():
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if pathlib.Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    """The name and, since vendors reuse names, family and model."""
+    path = pathlib.Path("/proc/cpuinfo")
+    fields = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    if "model name" not in fields:
+        return platform.processor()
+    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
 if __name__ == "__main__":
