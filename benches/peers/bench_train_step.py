@@ -4,6 +4,7 @@
 
 Each round runs every engine once, so that a machine that slows down slows all of them; a ratio is the median over the
 rounds of the ratios within a round. Sluice against eager and compiled PyTorch alike: the bar is the faster of the two.
+`--add` puts more rounds into the file, so that a long measurement can be made in parts.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
 CONFIGS = ["tiny", "135m"]
+ENGINES = ["sluice", "torch", "torch.compile", "candle"]
 BARS = {"torch": 1.2, "torch.compile": 1.2, "candle": 1.5}
 
 
@@ -28,6 +30,8 @@ def main():
     p.add_argument("--engines", nargs="+", default=["sluice", *BARS], choices=["sluice", *BARS])
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--steps", type=int, default=5, help="timed steps of a run, after 2 that are not")
+    p.add_argument("--add", action="store_true", help="keep the rounds that are in the file and add to them")
     p.add_argument("--sluice", default=str(ROOT / "target/release/sluice"), help="the binary")
     p.add_argument("--candle", default="candle-train", help="the binary built from candle-train/")
     p.add_argument("--out", default=str(ROOT / "benches/results/train_step.json"))
@@ -41,28 +45,32 @@ def main():
         "candle": [args.candle],
     }
     environment = os.environ | {"RAYON_NUM_THREADS": str(args.threads), "OMP_NUM_THREADS": str(args.threads)}
-    load, results = os.getloadavg()[0], {}
+    out = pathlib.Path(args.out)
+    before = json.loads(out.read_text()) if args.add and out.exists() else {}
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", "crates", "benches/peers")
+    commit = git("rev-parse", "HEAD") + (" (modified)" if changes else "")
+    if before and before["commit"] != commit:
+        raise SystemExit(f"{out} holds rounds of commit {before['commit']}, this is {commit}; measure without --add")
+    results = before.get("configs", {})
     for config in args.configs:
-        rounds = []
+        rounds = results.get(config, {}).get("rounds", [])
         for i in range(args.rounds):
-            rounds.append({})
+            rounds.append({"load_before": os.getloadavg()[0]})
             for engine in args.engines:
-                command = [*commands[engine], "--config", config]
+                command = [*commands[engine], "--config", config, "--steps", str(args.steps)]
                 print(f"$ round {i + 1} of {args.rounds}:", *command, file=sys.stderr)
                 rounds[-1][engine] = last_json_line(command, environment)
-        results[config] = summary(rounds)
+        commands_so_far = results.get(config, {}).get("commands", [])
+        results[config] = {"commands": commands_so_far + [" ".join(["python", *sys.argv])]} | summary(rounds)
         print_table(config, results[config])
 
     record = {
         "what": "tokens/s of one training step: forward, full backward, AdamW, f32; median of the timed steps",
-        "command": " ".join(["python", *sys.argv]),
-        "commit": git("rev-parse", "HEAD") + (" (modified)" if git("status", "--porcelain", "--untracked-files=no") else ""),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "os": platform.platform()},
-        "load_before": load,
+        "commit": commit,
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": args.threads, "os": f"{platform.system()} {platform.machine()}"},
         "date": datetime.date.today().isoformat(),
         "configs": results,
     }
-    out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=2) + "\n")
     print(f"wrote {out}")
@@ -70,7 +78,7 @@ def main():
 
 def summary(rounds):
     """Median tokens/s of each engine, and Sluice's ratio to each peer."""
-    engines = rounds[0]
+    engines = [e for e in ENGINES if all(e in r for r in rounds)]
     speed = {e: statistics.median(r[e]["tokens_per_second"] for r in rounds) for e in engines}
     ratios = {}
     if "sluice" in engines:
@@ -101,8 +109,15 @@ def git(*arguments):
 
 
 def cpu_name():
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if pathlib.Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    """The name and, since vendors reuse names, family and model."""
+    path = pathlib.Path("/proc/cpuinfo")
+    fields = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    if "model name" not in fields:
+        return platform.processor()
+    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
 
 
 if __name__ == "__main__":

@@ -123,6 +123,18 @@ impl Tape {
                         }
                     }
                 }
+                Op::InPlace(add_to) => {
+                    let upstream = upstream.remove(0).expect("not all are none");
+                    let id = node.inputs[0].expect("an op without wanted inputs is not recorded");
+                    let zeros = || Tensor::zeros(recorded.shapes[id].clone());
+                    add_to(
+                        &upstream,
+                        match recorded.param_names.get(&id) {
+                            Some(name) => params.entry(name.clone()).or_insert_with(zeros),
+                            None => sums[id].get_or_insert_with(zeros),
+                        },
+                    );
+                }
                 Op::Segment(segment) => {
                     let started: Vec<Option<Tensor>> = node.inputs.iter().map(|id| id.and_then(|id| sums[id].take())).collect();
                     let finished = segment.backward(upstream, started, params);

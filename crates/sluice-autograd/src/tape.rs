@@ -98,10 +98,14 @@ pub(crate) struct Node {
 /// From the gradient of an op's output to those of its inputs.
 pub(crate) type Backward = Box<dyn FnOnce(&Tensor) -> Vec<Option<Tensor>>>;
 
+/// From the gradient of an op's output to its one input's, added to what that has so far.
+pub(crate) type AddTo = Box<dyn FnOnce(&Tensor, &mut Tensor)>;
+
 pub(crate) enum Op {
     Leaf,
     Param,
     Function(Backward),
+    InPlace(AddTo),
     Segment(Segment),
 }
 
@@ -183,11 +187,23 @@ impl Tape {
         self.is_recording() && self.source_here(var) != Source::Constant
     }
 
-    /// The primitive that all ops use: `output` was computed from `inputs`, and `backward` turns its gradient into
+    /// [`Self::custom`] for an op whose gradient touches little of its input: `add` adds it to the sum so far, instead
+    /// of making a tensor that is mostly zero.
+    #[track_caller]
+    pub fn custom_in_place(&self, input: &Var, output: Tensor, add: impl FnOnce(&Tensor, &mut Tensor) + 'static) -> Var {
+        self.record(&[input], output, || Op::InPlace(Box::new(add)))
+    }
+
+    /// The primitive that all other ops use: `output` was computed from `inputs`, and `backward` turns its gradient into
     /// theirs, in order. Entries for inputs that want no gradient may be `None` and are ignored otherwise.
     /// When no input wants one, `backward` is dropped at once.
     #[track_caller]
     pub fn custom(&self, inputs: &[&Var], output: Tensor, backward: impl FnOnce(&Tensor) -> Vec<Option<Tensor>> + 'static) -> Var {
+        self.record(inputs, output, || Op::Function(Box::new(backward)))
+    }
+
+    #[track_caller]
+    fn record(&self, inputs: &[&Var], output: Tensor, op: impl FnOnce() -> Op) -> Var {
         // Every input is looked at, so that one from another tape is noticed behind any other.
         let n_wanted = inputs.iter().filter(|v| self.source_here(v) != Source::Constant).count();
         let source = match self.mode {
@@ -195,7 +211,7 @@ impl Tape {
             Mode::Frozen => unreachable!("a frozen tape takes every value as a constant"),
             Mode::Rehearsal => Source::Later,
             Mode::Recording { tape } => {
-                let id = self.push(ids(inputs), &[&output], Op::Function(Box::new(backward)));
+                let id = self.push(ids(inputs), &[&output], op());
                 Source::Value { tape, id }
             }
         };

@@ -13,6 +13,8 @@
 pub(crate) trait Simd: Copy {
     /// Numbers in one vector; divides 16.
     const LANES: usize;
+    /// Vectors side by side in a register block at most. With sixteen registers two, or a block of useful height spills.
+    const WIDE: usize;
 
     /// All lanes `x`.
     unsafe fn splat(x: f32) -> Self;
@@ -99,6 +101,7 @@ impl Portable {
 
 impl Simd for Portable {
     const LANES: usize = 8;
+    const WIDE: usize = 3;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -170,6 +173,7 @@ mod x86 {
     // SAFETY of every block below: the trait's contract, the machine has AVX-512 F/DQ.
     impl Simd for __m512 {
         const LANES: usize = 16;
+        const WIDE: usize = 3;
 
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
@@ -262,6 +266,7 @@ mod x86 {
     // SAFETY of every block below: the trait's contract, the machine has AVX2 and FMA.
     impl Simd for __m256 {
         const LANES: usize = 8;
+        const WIDE: usize = 2;
 
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
@@ -366,6 +371,7 @@ mod arm {
     // SAFETY of every block below: NEON is part of the aarch64 baseline.
     impl Simd for float32x4_t {
         const LANES: usize = 4;
+        const WIDE: usize = 3;
 
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {

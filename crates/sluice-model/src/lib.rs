@@ -10,6 +10,7 @@ pub mod cache;
 pub mod checkpoint;
 pub mod cost;
 mod rope_frequencies;
+pub mod train_memory;
 
 pub use cache::Cache;
 pub use decoder::{Decoder, Forward, Hidden};

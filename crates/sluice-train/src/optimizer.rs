@@ -21,7 +21,7 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// Clip `grads` to the global norm, then step every trainable parameter that has a gradient.
+    /// Step every trainable parameter that has a gradient, clipped to the global norm, and take that gradient out of `grads`.
     /// `rate` is the learning rate of a parameter, already scheduled. Returns the norm before clipping;
     /// with a norm that is not finite nothing is changed.
     pub fn apply<'a>(
@@ -35,21 +35,25 @@ impl Optimizer {
         if !norm.is_finite() {
             return norm;
         }
-        if norm > config.clip as f64 {
-            let factor = config.clip / norm as f32;
-            grads.values_mut().for_each(|g| adamw::scale_in_place(g, factor));
-        }
+        let grad_scale = if norm > config.clip as f64 { config.clip / norm as f32 } else { 1.0 };
         self.step += 1;
         for param in params.into_iter().filter(|p| p.trainable) {
-            let Some(grad) = grads.get(&param.name) else { continue };
+            let Some(grad) = grads.remove(&param.name) else { continue };
             let zeros = || Tensor::zeros(param.value.shape());
             let m = self.m.entry(param.name.clone()).or_insert_with(zeros);
             let v = self.v.entry(param.name.clone()).or_insert_with(zeros);
             // Norms and biases are scales and offsets: pulling them to zero is not regularisation.
             let weight_decay = if param.value.shape().len() >= 2 { config.weight_decay } else { 0.0 };
-            let settings =
-                AdamW { lr: rate(&param.name), beta1: config.beta1, beta2: config.beta2, eps: config.eps, weight_decay, step: self.step };
-            adamw::step(&mut param.value, grad, m, v, settings);
+            let settings = AdamW {
+                lr: rate(&param.name),
+                beta1: config.beta1,
+                beta2: config.beta2,
+                eps: config.eps,
+                weight_decay,
+                grad_scale,
+                step: self.step,
+            };
+            adamw::step(&mut param.value, &grad, m, v, settings);
         }
         norm
     }

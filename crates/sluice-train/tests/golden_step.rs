@@ -133,7 +133,7 @@ fn check(name: &str) {
         for param in model.params_mut() {
             let zeros = || Tensor::zeros(param.value.shape());
             let (m, v) = moments.entry(param.name.clone()).or_insert_with(|| (zeros(), zeros()));
-            let settings = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.01, step: i };
+            let settings = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.01, grad_scale: 1.0, step: i };
             adamw::step(&mut param.value, &grads[&param.name], m, v, settings);
         }
     }

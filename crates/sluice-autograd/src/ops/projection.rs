@@ -31,9 +31,8 @@ impl Tape {
     #[track_caller]
     pub fn embedding(&self, tokens: &[u32], table: &Var) -> Var {
         let y = embedding::fwd(tokens, table.value());
-        let vocab = table.value().shape()[0];
         let tokens = tokens.to_vec();
-        self.custom(&[table], y, move |dy| vec![Some(embedding::bwd(dy, &tokens, vocab))])
+        self.custom_in_place(table, y, move |dy, dtable| embedding::bwd(dy, &tokens, dtable))
     }
 
     /// Gate scores `[B, T, Gs]` of `x [B, T, M]`: `weight [Gs, M]`, `bias [Gs]`, `recency [Gs]`; `positions` has one

@@ -11,6 +11,7 @@ mod cost;
 mod kept;
 mod quality;
 mod recall;
+pub mod scaling;
 mod sections;
 mod training;
 

@@ -24,6 +24,8 @@ pub struct AdamW {
     pub eps: f32,
     /// The parameter shrinks by `lr * weight_decay` a step.
     pub weight_decay: f32,
+    /// Factor on the gradient, for clipping without a pass of its own over all gradients.
+    pub grad_scale: f32,
     /// Number of this step, from 1.
     pub step: u64,
 }
@@ -66,6 +68,7 @@ pub fn scale_in_place(t: &mut Tensor, f: f32) {
 /// What every element of a step has in common, computed once in f64.
 #[derive(Clone, Copy)]
 struct Factors {
+    grad_scale: f32,
     keep: f32,
     beta2: f32,
     one_minus_beta1: f32,
@@ -80,6 +83,7 @@ impl Factors {
         // f32 powers of 0.999 would be off by a per cent after 10^5 steps.
         let correction = |beta: f32| 1.0 - (beta as f64).powf(a.step as f64);
         Self {
+            grad_scale: a.grad_scale,
             keep: (1.0 - a.lr as f64 * a.weight_decay as f64) as f32,
             beta2: a.beta2,
             one_minus_beta1: (1.0 - a.beta1 as f64) as f32,
@@ -96,8 +100,9 @@ vectorised! {
         let n = p.len();
         let (g, m, v) = (&g[..n], &mut m[..n], &mut v[..n]);
         for i in 0..n {
-            m[i] = (g[i] - m[i]).mul_add(f.one_minus_beta1, m[i]);
-            v[i] = (f.one_minus_beta2 * g[i]).mul_add(g[i], f.beta2 * v[i]);
+            let g = g[i] * f.grad_scale;
+            m[i] = (g - m[i]).mul_add(f.one_minus_beta1, m[i]);
+            v[i] = (f.one_minus_beta2 * g).mul_add(g, f.beta2 * v[i]);
             let denominator = v[i].sqrt().mul_add(f.inv_sqrt_correction2, f.eps);
             p[i] = p[i].mul_add(f.keep, -f.step_size * (m[i] / denominator));
         }

@@ -3,7 +3,7 @@ use sluice_testkit::{Rng, assert_close};
 use super::*;
 use crate::row_chunks::on_one_and_three_threads;
 
-const SETTINGS: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 1 };
+const SETTINGS: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, grad_scale: 1.0, step: 1 };
 
 fn check(n: usize, n_steps: u64, tolerance: f32) {
     let mut rng = Rng::new(1);
@@ -50,6 +50,19 @@ fn decay_is_decoupled_from_the_gradient() {
     step(&mut param, &Tensor::zeros([1]), &mut m, &mut v, SETTINGS);
     assert_close("param", param.f32(), &[2.0 * (1.0 - 1e-2 * 0.1)], 1e-7);
     assert_eq!((m.item(), v.item()), (0.0, 0.0));
+}
+
+#[test]
+fn scaling_in_the_step_is_scaling_before_it() {
+    let run = |grad: Tensor, grad_scale| {
+        let (mut param, mut m, mut v) = (Tensor::full(1.0, [101]), Tensor::zeros([101]), Tensor::zeros([101]));
+        step(&mut param, &grad, &mut m, &mut v, AdamW { grad_scale, ..SETTINGS });
+        [param, m, v].map(Tensor::into_vec)
+    };
+    let grad = Rng::new(5).normal_tensor([101]);
+    let mut scaled = grad.clone();
+    scale_in_place(&mut scaled, 0.3);
+    assert_eq!(run(grad, 0.3), run(scaled, 1.0));
 }
 
 #[test]

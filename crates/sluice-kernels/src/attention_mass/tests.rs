@@ -35,7 +35,8 @@ fn check_future(c: &Case, positions: &[Vec<u32>], window: usize, horizon: usize,
     let key_weight = weighted.then(|| rng.normal_tensor([batch, t, n_heads]));
     let query_weight: Option<Vec<f32>> = weighted.then(|| (0..batch * t).map(|i| if i % 7 == 0 { 0.0 } else { rng.uniform() }).collect());
     let got = future_mass(&c.q, &c.k, &c.lse, key_weight.as_ref(), query_weight.as_deref(), positions, window, horizon, power, &c.lens);
-    let want = naive::future_mass(&c.q, &c.k, &c.lse, key_weight.as_ref(), query_weight.as_deref(), positions, window, horizon, power, &c.lens);
+    let want =
+        naive::future_mass(&c.q, &c.k, &c.lse, key_weight.as_ref(), query_weight.as_deref(), positions, window, horizon, power, &c.lens);
     for b in 0..batch {
         assert_eq!(got[b].shape(), [positions[b].len(), c.k.dims::<4>()[2]]);
         assert_close(

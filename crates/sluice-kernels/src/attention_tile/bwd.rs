@@ -7,7 +7,7 @@
 use std::f32::consts::LOG2_E;
 
 use super::fwd::{NO_ROW, Place, pack, unpack};
-use super::{Buffer, Inputs, Keys, LANES, QUERIES, STEP, SharedRows, Step, Tile, Workspace, padded, panel_width, products};
+use super::{Buffer, Inputs, Keys, LANES, QUERIES, ROWS_OF_TWO, STEP, SharedRows, Step, Tile, Workspace, padded, panel_width, products};
 use crate::simd::{Simd, dispatch};
 
 /// Output gradients and results of the forward pass: `dout, o [B, T, H, D]`, `lse [B, T, H]`.
@@ -73,13 +73,14 @@ unsafe fn tile_body<V: Simd, const M: usize>(
     while at < n_vectors {
         // SAFETY: the caller's contract, passed on; rows of keys are below `grads.rows`.
         unsafe {
-            match panel_width(n_vectors - at) {
+            match panel_width::<V>(n_vectors - at) {
                 1 => panel::<V, 1, M>(at, x, y, b, g, tile, dq, grads, ws),
+                2 if V::WIDE == 2 => panel::<V, 2, ROWS_OF_TWO>(at, x, y, b, g, tile, dq, grads, ws),
                 2 => panel::<V, 2, M>(at, x, y, b, g, tile, dq, grads, ws),
                 _ => panel::<V, 3, M>(at, x, y, b, g, tile, dq, grads, ws),
             }
         }
-        at += panel_width(n_vectors - at);
+        at += panel_width::<V>(n_vectors - at);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::f32::consts::{LN_2, LOG2_E};
 
-use super::{Inputs, Keys, LANES, QUERIES, STEP, SharedRows, Step, Tile, Workspace, few, panel_width, products};
+use super::{Inputs, Keys, LANES, QUERIES, ROWS_OF_TWO, STEP, SharedRows, Step, Tile, Workspace, few, panel_width, products};
 use crate::simd::{Simd, dispatch};
 
 dispatch! {
@@ -34,13 +34,14 @@ unsafe fn tile_body<V: Simd, const M: usize>(
     while at < n_vectors {
         // SAFETY: the caller's contract, passed on.
         unsafe {
-            match panel_width(n_vectors - at) {
+            match panel_width::<V>(n_vectors - at) {
                 1 => panel::<V, 1, M>(at, x, b, g, tile, o, lse, ws),
+                2 if V::WIDE == 2 => panel::<V, 2, ROWS_OF_TWO>(at, x, b, g, tile, o, lse, ws),
                 2 => panel::<V, 2, M>(at, x, b, g, tile, o, lse, ws),
                 _ => panel::<V, 3, M>(at, x, b, g, tile, o, lse, ws),
             }
         }
-        at += panel_width(n_vectors - at);
+        at += panel_width::<V>(n_vectors - at);
     }
 }
 

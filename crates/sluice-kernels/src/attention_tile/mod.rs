@@ -21,6 +21,7 @@ use std::f32::consts::LOG2_E;
 use sluice_tensor::memory::Scratch;
 
 use crate::routed_attention::Dims;
+use crate::simd::Simd;
 
 pub(crate) use run::{Grads, Tiler, bwd, fwd};
 
@@ -236,15 +237,19 @@ fn padded(d: usize) -> usize {
     d.next_multiple_of(16)
 }
 
-/// Vectors of the next panel when `left` remain: three, but never leaving a single one behind.
+/// Vectors of the next panel when `left` remain: as many as the machine's registers allow, but never leaving a single one
+/// of several behind.
 #[inline(always)]
-fn panel_width(left: usize) -> usize {
+fn panel_width<V: Simd>(left: usize) -> usize {
     match left {
         1 => 1,
         2 | 4 => 2,
-        _ => 3,
+        _ => V::WIDE,
     }
 }
+
+/// Rows of a register block two vectors wide where no block is wider: 6 x 2 sums, two vectors and a broadcast in 16 registers.
+const ROWS_OF_TWO: usize = 6;
 
 /// The keys of one step of a panel, by address.
 struct Step {

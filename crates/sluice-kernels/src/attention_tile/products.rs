@@ -1,5 +1,5 @@
 //! The matrix products of a panel, blocked so that the accumulators stay in registers.
-//! `N` vectors along the lanes, `M` rows; remainders run with one row.
+//! `N` vectors along the lanes, `M` rows; remainders run with two rows and one.
 //!
 //! Safety, for all of them: the machine has the instructions of `V`, and the pointers reach the shapes named.
 
@@ -23,41 +23,56 @@ pub(super) unsafe fn logits<V: Simd, const N: usize, const M: usize>(
     out: *mut f32,
     max: &mut [V; N],
 ) {
-    let lanes = N * V::LANES;
     let mut j = 0;
-    while j + M <= n {
-        // SAFETY: the caller's contract; `j + M <= n`.
-        unsafe {
-            let mut acc = dots::<V, N, M>(base, &at[j..], d, panel);
-            if j + M > n_plain {
-                for m in 0..M {
-                    let row = add.wrapping_add(mask[j + m] as usize * super::QUERIES);
-                    for i in 0..N {
-                        acc[m][i] = acc[m][i].add(V::load(row.wrapping_add(lane_at[i])));
-                    }
-                }
-            }
-            for m in 0..M {
-                for i in 0..N {
-                    acc[m][i].store(out.wrapping_add((j + m) * lanes + i * V::LANES));
-                    max[i] = acc[m][i].max(max[i]);
-                }
-            }
+    // SAFETY: the caller's contract; every block ends at `n`.
+    unsafe {
+        while j + M <= n {
+            logits_rows::<V, N, M>(j, n_plain, base, at, mask, add, lane_at, d, panel, out, max);
+            j += M;
         }
-        j += M;
+        while j + 2 <= n {
+            logits_rows::<V, N, 2>(j, n_plain, base, at, mask, add, lane_at, d, panel, out, max);
+            j += 2;
+        }
+        if j < n {
+            logits_rows::<V, N, 1>(j, n_plain, base, at, mask, add, lane_at, d, panel, out, max);
+        }
     }
-    while j < n {
-        // SAFETY: the caller's contract; `j < n`.
-        unsafe {
-            let [mut acc] = dots::<V, N, 1>(base, &at[j..], d, panel);
-            let row = add.wrapping_add(mask[j] as usize * super::QUERIES);
-            for i in 0..N {
-                acc[i] = acc[i].add(V::load(row.wrapping_add(lane_at[i])));
-                acc[i].store(out.wrapping_add(j * lanes + i * V::LANES));
-                max[i] = acc[i].max(max[i]);
+}
+
+/// Rows `j..j + M` of [`logits`].
+#[inline(always)]
+unsafe fn logits_rows<V: Simd, const N: usize, const M: usize>(
+    j: usize,
+    n_plain: usize,
+    base: *const f32,
+    at: &[usize],
+    mask: &[u32],
+    add: *const f32,
+    lane_at: &[usize; N],
+    d: usize,
+    panel: *const f32,
+    out: *mut f32,
+    max: &mut [V; N],
+) {
+    let lanes = N * V::LANES;
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut acc = dots::<V, N, M>(base, &at[j..], d, panel);
+        if j + M > n_plain {
+            for m in 0..M {
+                let row = add.wrapping_add(mask[j + m] as usize * super::QUERIES);
+                for i in 0..N {
+                    acc[m][i] = acc[m][i].add(V::load(row.wrapping_add(lane_at[i])));
+                }
             }
         }
-        j += 1;
+        for m in 0..M {
+            for i in 0..N {
+                acc[m][i].store(out.wrapping_add((j + m) * lanes + i * V::LANES));
+                max[i] = acc[m][i].max(max[i]);
+            }
+        }
     }
 }
 
@@ -71,29 +86,41 @@ pub(super) unsafe fn inner<V: Simd, const N: usize, const M: usize>(
     panel: *const f32,
     out: *mut f32,
 ) {
-    let lanes = N * V::LANES;
     let mut j = 0;
-    while j + M <= n {
-        // SAFETY: the caller's contract; `j + M <= n`.
-        unsafe {
-            let acc = dots::<V, N, M>(base, &at[j..], d, panel);
-            for m in 0..M {
-                for i in 0..N {
-                    acc[m][i].store(out.wrapping_add((j + m) * lanes + i * V::LANES));
-                }
-            }
+    // SAFETY: the caller's contract; every block ends at `n`.
+    unsafe {
+        while j + M <= n {
+            inner_rows::<V, N, M>(j, base, at, d, panel, out);
+            j += M;
         }
-        j += M;
+        while j + 2 <= n {
+            inner_rows::<V, N, 2>(j, base, at, d, panel, out);
+            j += 2;
+        }
+        if j < n {
+            inner_rows::<V, N, 1>(j, base, at, d, panel, out);
+        }
     }
-    while j < n {
-        // SAFETY: the caller's contract; `j < n`.
-        unsafe {
-            let [acc] = dots::<V, N, 1>(base, &at[j..], d, panel);
+}
+
+/// Rows `j..j + M` of [`inner`].
+#[inline(always)]
+unsafe fn inner_rows<V: Simd, const N: usize, const M: usize>(
+    j: usize,
+    base: *const f32,
+    at: &[usize],
+    d: usize,
+    panel: *const f32,
+    out: *mut f32,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let acc = dots::<V, N, M>(base, &at[j..], d, panel);
+        for m in 0..M {
             for i in 0..N {
-                acc[i].store(out.wrapping_add(j * lanes + i * V::LANES));
+                acc[m][i].store(out.wrapping_add(((j + m) * N + i) * V::LANES));
             }
         }
-        j += 1;
     }
 }
 
@@ -138,10 +165,14 @@ pub(super) unsafe fn outer<V: Simd, const N: usize, const M: usize>(
         unsafe { outer_rows::<V, N, M>(n, base.wrapping_add(i), at, weights, keep, out.wrapping_add(i * N * V::LANES)) };
         i += M;
     }
-    while i < d {
+    while i + 2 <= d {
+        // SAFETY: the caller's contract; `i + 2 <= d`.
+        unsafe { outer_rows::<V, N, 2>(n, base.wrapping_add(i), at, weights, keep, out.wrapping_add(i * N * V::LANES)) };
+        i += 2;
+    }
+    if i < d {
         // SAFETY: the caller's contract; `i < d`.
         unsafe { outer_rows::<V, N, 1>(n, base.wrapping_add(i), at, weights, keep, out.wrapping_add(i * N * V::LANES)) };
-        i += 1;
     }
 }
 
@@ -194,10 +225,14 @@ pub(super) unsafe fn scatter<V: Simd, const M: usize>(
         unsafe { scatter_rows::<V, M>(lanes, weights.wrapping_add(j * lanes), rows, width, out, &to[j..]) };
         j += M;
     }
-    while j < n {
+    while j + 2 <= n {
+        // SAFETY: the caller's contract; `j + 2 <= n`.
+        unsafe { scatter_rows::<V, 2>(lanes, weights.wrapping_add(j * lanes), rows, width, out, &to[j..]) };
+        j += 2;
+    }
+    if j < n {
         // SAFETY: the caller's contract; `j < n`.
         unsafe { scatter_rows::<V, 1>(lanes, weights.wrapping_add(j * lanes), rows, width, out, &to[j..]) };
-        j += 1;
     }
 }
 

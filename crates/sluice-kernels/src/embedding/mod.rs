@@ -29,19 +29,25 @@ pub fn fwd(tokens: &[u32], table: &Tensor) -> Tensor {
     Tensor::from_vec(y, [tokens.len(), m])
 }
 
-/// `[V, M]` of the gradient, zero for tokens that do not occur.
+/// Adds the gradient of the table to `dtable [V, M]`. Only rows of tokens that occur are touched: a table of its own,
+/// zero almost everywhere, would be the largest gradient of a small model.
 #[track_caller]
-pub fn bwd(dy: &Tensor, tokens: &[u32], vocab: usize) -> Tensor {
-    let [n, m] = dy.dims();
-    assert_eq!(n, tokens.len(), "backward of embedding with dy {:?} and {} tokens", dy.shape(), tokens.len());
+pub fn bwd(dy: &Tensor, tokens: &[u32], dtable: &mut Tensor) {
+    let ([n, m], [vocab, m_table]) = (dy.dims(), dtable.dims());
+    assert!(
+        n == tokens.len() && m == m_table,
+        "backward of embedding with dy {:?}, {} tokens and a table {:?}",
+        dy.shape(),
+        tokens.len(),
+        dtable.shape()
+    );
     check_tokens(tokens, vocab);
     // A stable sort: the rows of one token are added in the order of the text, whatever the threads do.
     let mut by_token: Vec<usize> = (0..n).collect();
     by_token.sort_by_key(|&i| tokens[i]);
     let dy = dy.f32();
-    let mut dtable = vec![0.0; vocab * m];
     let rows = rows_per_chunk(m);
-    for_each_chunk(&mut dtable, rows * m.max(1), |chunk, dtable| {
+    for_each_chunk(dtable.f32_mut(), rows * m.max(1), |chunk, dtable| {
         let first = chunk * rows;
         let begin = by_token.partition_point(|&i| (tokens[i] as usize) < first);
         for &i in by_token[begin..].iter().take_while(|&&i| (tokens[i] as usize) < first + rows) {
@@ -49,7 +55,6 @@ pub fn bwd(dy: &Tensor, tokens: &[u32], vocab: usize) -> Tensor {
             vector_math::add_assign(&mut dtable[at..at + m], &dy[i * m..(i + 1) * m]);
         }
     });
-    Tensor::from_vec(dtable, [vocab, m])
 }
 
 #[track_caller]

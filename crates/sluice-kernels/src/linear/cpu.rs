@@ -175,10 +175,10 @@ pub(crate) fn project_back(dy: &[f32], n_rows: usize, w: &Tensor, dx: &mut [f32]
     });
 }
 
-/// `dw [N, K] += dy [n_rows, N]^T x [n_rows, K]`.
+/// `dw [N, K] = dy [n_rows, N]^T x [n_rows, K]`, or `+=` with `accumulate`; without it, `dw` is not even read.
 #[track_caller]
-pub(crate) fn accumulate_weight_gradient(dy: &[f32], x: &[f32], n_rows: usize, dw: &mut [f32], n_out: usize, n_in: usize) {
-    gemm(Mat::new(dy, n_rows, n_out).t(), Mat::new(x, n_rows, n_in), dw, n_in, true);
+pub(crate) fn weight_gradient(dy: &[f32], x: &[f32], n_rows: usize, dw: &mut [f32], (n_out, n_in): (usize, usize), accumulate: bool) {
+    gemm(Mat::new(dy, n_rows, n_out).t(), Mat::new(x, n_rows, n_in), dw, n_in, accumulate);
 }
 
 /// `work(first row, f32 elements, number of rows)` for blocks of rows that cover `w`.

@@ -6,7 +6,7 @@ pub mod naive;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use cpu::{accumulate_weight_gradient, project, project_back};
+pub(crate) use cpu::{project, project_back, weight_gradient};
 use sluice_tensor::Tensor;
 
 use crate::row_chunks::{for_each_chunk, rows_per_chunk, sum_over_rows};
@@ -48,7 +48,7 @@ pub fn bwd_weight(dy: &Tensor, x: &Tensor) -> Tensor {
     let (n_out, n_in, n_rows) = (dy.last_dim(), x.last_dim(), rows(dy));
     assert_eq!(n_rows, rows(x), "backward of linear with dy {:?} and x {:?}", dy.shape(), x.shape());
     let mut dw = vec![0.0; n_out * n_in];
-    accumulate_weight_gradient(dy.f32(), x.f32(), n_rows, &mut dw, n_out, n_in);
+    weight_gradient(dy.f32(), x.f32(), n_rows, &mut dw, (n_out, n_in), false);
     Tensor::from_vec(dw, [n_out, n_in])
 }
 

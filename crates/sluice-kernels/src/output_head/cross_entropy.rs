@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use sluice_tensor::Tensor;
 use sluice_tensor::memory::Scratch;
 
-use super::{Gradients, Wanted, check_shapes, gather, rows_per_chunk, weighted_rows};
+use super::{Gradients, Wanted, check_shapes, even_chunks, gather, rows_per_chunk, weighted_rows};
 use crate::linear::project;
 use crate::vector_math::{argmax, exp, sum_exp, vectorised};
 
@@ -32,6 +32,7 @@ pub fn cross_entropy(h: &Tensor, w: &Tensor, targets: &[u32], weights: &[f32], g
 pub(super) fn in_chunks(h: &Tensor, w: &Tensor, targets: &[u32], weights: &[f32], grads: Wanted, per_chunk: usize) -> CrossEntropy {
     let [vocab, m] = w.dims();
     let active = weighted_rows(weights);
+    let per_chunk = even_chunks(active.len(), per_chunk);
     let mut gradients = Gradients::new(h, w, grads);
     let (mut nll, mut top1, mut max_prob) = (vec![0.0; weights.len()], vec![u32::MAX; weights.len()], vec![0.0; weights.len()]);
     let mut logits = Scratch::zeros(per_chunk.min(active.len()) * vocab); // [chunk, V]
@@ -51,8 +52,7 @@ pub(super) fn in_chunks(h: &Tensor, w: &Tensor, targets: &[u32], weights: &[f32]
             gradients.add(logits, rows, &h_rows, w);
         }
     }
-    let (dh, dw) = gradients.into_tensors(h, w);
-    CrossEntropy { nll, top1, max_prob, dh, dw }
+    CrossEntropy { nll, top1, max_prob, dh: gradients.dh, dw: gradients.dw }
 }
 
 /// Loss, best token and its probability of a row; with a weight, `z` becomes the gradient `weight (softmax(z) - onehot(target))`.

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use sluice_tensor::Tensor;
 use sluice_tensor::memory::Scratch;
 
-use super::{Gradients, Wanted, check_shapes, gather, rows_per_chunk, weighted_rows};
+use super::{Gradients, Wanted, check_shapes, even_chunks, gather, rows_per_chunk, weighted_rows};
 use crate::linear::project;
 use crate::vector_math::{LANES, add_lanes, argmax, exp, max, sum_exp, vectorised};
 
@@ -92,6 +92,7 @@ pub(super) fn in_chunks(
 ) -> Distill {
     let ([vocab, m_s], [_, m_t]) = (w_s.dims(), w_t.dims());
     let active = weighted_rows(weights);
+    let per_chunk = even_chunks(active.len(), per_chunk);
     let mut gradients = Gradients::new(h_s, w_s, grads);
     let mut all = vec![RowLosses::default(); weights.len()];
     let scratch_len = per_chunk.min(active.len()) * vocab;
@@ -112,7 +113,6 @@ pub(super) fn in_chunks(
             gradients.add(z_s, rows, &h_s_rows, w_s);
         }
     }
-    let (dh, dw) = gradients.into_tensors(h_s, w_s);
     let with_targets = if targets.is_some() { all.as_slice() } else { &[] };
     Distill {
         kl: all.iter().map(|r| r.kl).collect(),
@@ -121,8 +121,8 @@ pub(super) fn in_chunks(
         nll_teacher: with_targets.iter().map(|r| r.nll_teacher).collect(),
         agree: all.iter().map(|r| r.agree).collect(),
         top1_student: all.iter().map(|r| r.top1_student).collect(),
-        dh,
-        dw,
+        dh: gradients.dh,
+        dw: gradients.dw,
     }
 }
 

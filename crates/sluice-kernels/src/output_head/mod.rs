@@ -1,6 +1,6 @@
 //! Losses fused with the projection onto the vocabulary: `z = h w^T`, `h [n, M]`, `w [V, M]`, `z [n, V]`.
 //!
-//! Logits exist for one chunk of rows at a time (at most 32 MiB a side) and are turned into their own gradient
+//! Logits exist for one chunk of rows at a time (at most 64 MiB a side) and are turned into their own gradient
 //! in place. `weights[i]` multiplies the loss of row `i`; gradients are of `sum_i weights[i] loss_i`, so the
 //! caller normalises. Rows of weight 0 cost nothing and report 0.
 
@@ -16,7 +16,7 @@ pub use cross_entropy::{CrossEntropy, cross_entropy};
 pub use distill::{Distill, DistillTerms, distill};
 use sluice_tensor::Tensor;
 
-use crate::linear::{self, accumulate_weight_gradient, project_back};
+use crate::linear::{self, project_back, weight_gradient};
 
 /// Which gradients to compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,11 +42,27 @@ pub fn logits(h: &Tensor, w: &Tensor) -> Tensor {
     linear::fwd(h, w, None)
 }
 
-/// Bytes of logits held at a time.
-const CHUNK_BYTES: usize = 32 << 20;
+/// Bytes of logits that stay in a last-level cache between their three matrix products.
+const CACHED_BYTES: usize = 4 << 20;
+/// Rows that make reading all of `w`, and its gradient, worth while.
+const WORTHWHILE_ROWS: usize = 256;
+/// Bytes of logits held at a time, whatever the vocabulary.
+const CHUNK_BYTES: usize = 64 << 20;
 
 fn rows_per_chunk(vocab: usize) -> usize {
-    (CHUNK_BYTES / 4 / vocab.max(1)).max(1)
+    let rows_of = |bytes: usize| bytes / 4 / vocab.max(1);
+    rows_of(CACHED_BYTES).max(WORTHWHILE_ROWS).min(rows_of(CHUNK_BYTES)).max(1)
+}
+
+/// Rows whose logits exist at a time when `n` rows have a loss.
+pub fn chunk_rows(n: usize, vocab: usize) -> usize {
+    even_chunks(n, rows_per_chunk(vocab)).min(n)
+}
+
+/// The number of rows per chunk when `n` rows go through in as few chunks of at most `at_most` as possible: even ones, since a
+/// last chunk of two rows reads all weights like any other.
+fn even_chunks(n: usize, at_most: usize) -> usize {
+    n.div_ceil(n.div_ceil(at_most).max(1)).max(1)
 }
 
 /// Rows whose loss counts.
@@ -70,19 +86,22 @@ fn neighbours(rows: &[usize]) -> Option<usize> {
 
 /// `dh [n, M]` and `dw [V, M]` as they grow chunk by chunk.
 struct Gradients {
-    dh: Option<Vec<f32>>,
-    dw: Option<Vec<f32>>,
+    dh: Option<Tensor>,
+    dw: Option<Tensor>,
+    /// Nothing was added yet, so nothing need be read.
+    is_zero: bool,
 }
 
 impl Gradients {
     fn new(h: &Tensor, w: &Tensor, wanted: Wanted) -> Self {
-        Self { dh: wanted.input.then(|| vec![0.0; h.len()]), dw: wanted.weight.then(|| vec![0.0; w.len()]) }
+        Self { dh: wanted.input.then(|| Tensor::zeros(h.shape())), dw: wanted.weight.then(|| Tensor::zeros(w.shape())), is_zero: true }
     }
 
     /// Take in the gradient of the logits of `rows`, whose inputs are `h_rows`.
     fn add(&mut self, dlogits: &[f32], rows: &[usize], h_rows: &[f32], w: &Tensor) {
         let [vocab, m] = w.dims();
         if let Some(dh) = &mut self.dh {
+            let dh = dh.f32_mut();
             if let Some(first) = neighbours(rows) {
                 project_back(dlogits, rows.len(), w, &mut dh[first * m..(first + rows.len()) * m]);
             } else {
@@ -94,12 +113,9 @@ impl Gradients {
             }
         }
         if let Some(dw) = &mut self.dw {
-            accumulate_weight_gradient(dlogits, h_rows, rows.len(), dw, vocab, m);
+            weight_gradient(dlogits, h_rows, rows.len(), dw.f32_mut(), (vocab, m), !self.is_zero);
         }
-    }
-
-    fn into_tensors(self, h: &Tensor, w: &Tensor) -> (Option<Tensor>, Option<Tensor>) {
-        (self.dh.map(|dh| Tensor::from_vec(dh, h.shape())), self.dw.map(|dw| Tensor::from_vec(dw, w.shape())))
+        self.is_zero = false;
     }
 }
 

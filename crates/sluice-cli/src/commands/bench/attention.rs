@@ -1,33 +1,24 @@
-//! `sluice bench`: speed and memory, measured. A benchmark checks its result against the naive twin before it prints a time.
+//! `sluice bench attention`: dense and routed attention of one layer by context, as a table and a plot.
 
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use sluice_eval::report::scaling::{self, Curve};
 use sluice_kernels::routed_attention::Routing;
 use sluice_kernels::top_k_routing::{self, Budget};
 use sluice_kernels::{dense_attention, routed_attention};
-use sluice_model::Decoder;
-use sluice_spec::{Architecture, ModelConfig, RoutingConfig};
+use sluice_spec::RoutingConfig;
 use sluice_tensor::{Tensor, memory};
 use sluice_train::hash::mix;
-use sluice_train::pretrain::{Batch, DataConfig, Phase, Pretrainer, TrainConfig};
 
-use super::devices::cpu_name;
+use crate::commands::devices::cpu_name;
 use crate::progress::{bytes, grouped};
-
-/// What to measure.
-#[derive(clap::Subcommand)]
-pub(crate) enum Command {
-    /// Dense and routed attention by context: time, peak memory, fitted exponent
-    Attention(AttentionArgs),
-    /// Tokens per second of a training step of a dense decoder
-    TrainStep(TrainStepArgs),
-}
 
 /// Arguments of `sluice bench attention`.
 #[derive(clap::Args)]
-pub(crate) struct AttentionArgs {
+pub(crate) struct Args {
     /// Contexts in tokens
     #[arg(long, value_name = "N", num_args = 1.., default_values_t = [1024, 2048, 4096, 8192, 16384, 32768, 65536])]
     context: Vec<usize>,
@@ -40,33 +31,12 @@ pub(crate) struct AttentionArgs {
     /// Named budget: paper, edge, default or long
     #[arg(long, value_name = "NAME", default_value = "default")]
     preset: String,
+    /// Write a plot of time and peak memory by context (SVG)
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     json: bool,
-}
-
-/// Arguments of `sluice bench train-step`.
-#[derive(clap::Args)]
-pub(crate) struct TrainStepArgs {
-    /// `tiny` (6 layers of 128, T = 2048, B = 2) or `135m` (SmolLM2-135M, T = 512, B = 1)
-    #[arg(long)]
-    config: String,
-    /// Steps that are timed, after one that is not
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    steps: usize,
-    /// Keep only the residual stream between layers and recompute the rest in backward
-    #[arg(long)]
-    checkpoint: bool,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-pub(crate) fn run(command: &Command) -> Result<()> {
-    match command {
-        Command::Attention(args) => attention(args),
-        Command::TrainStep(args) => train_step(args),
-    }
 }
 
 /// Random inputs of one attention layer.
@@ -99,7 +69,7 @@ impl Inputs {
     }
 }
 
-fn attention(args: &AttentionArgs) -> Result<()> {
+pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!(
         args.heads.len() == 3 && args.heads[0].is_multiple_of(args.heads[1]),
         "--heads takes query heads, KV heads (a divisor) and head width"
@@ -143,6 +113,9 @@ fn attention(args: &AttentionArgs) -> Result<()> {
             Some(json!({"attention": name, "pass": pass, "exponent": slope(&points)?}))
         })
         .collect();
+    if let Some(path) = &args.out {
+        draw(path, args, &routing, &rows, &exponents)?;
+    }
     if args.json {
         println!(
             "{}",
@@ -178,6 +151,38 @@ fn attention(args: &AttentionArgs) -> Result<()> {
             e["exponent"].as_f64().unwrap_or(f64::NAN)
         );
     }
+    Ok(())
+}
+
+/// The measured points as two plots in one SVG file.
+fn draw(path: &Path, args: &Args, routing: &RoutingConfig, rows: &[Value], exponents: &[Value]) -> Result<()> {
+    let curves: Vec<Curve> = exponents
+        .iter()
+        .map(|fit| {
+            let mine = |row: &&Value| row["attention"] == fit["attention"] && row["pass"] == fit["pass"];
+            let number = |row: &Value, key: &str| row[key].as_f64().unwrap_or(f64::NAN);
+            Curve {
+                is_routed: fit["attention"] == "routed",
+                with_backward: fit["pass"] != "forward",
+                exponent: number(fit, "exponent"),
+                points: rows.iter().filter(mine).map(|r| (number(r, "context"), number(r, "seconds"), number(r, "peak_bytes"))).collect(),
+            }
+        })
+        .collect();
+    ensure!(!curves.is_empty(), "a plot needs at least three contexts of one kind of attention");
+    let title = format!(
+        "Attention of one layer, {} query and {} KV heads of {}, window {}, top_k {}, route_every {}, {} threads of {}",
+        args.heads[0],
+        args.heads[1],
+        args.heads[2],
+        routing.window,
+        routing.top_k,
+        routing.route_every,
+        rayon::current_num_threads(),
+        cpu_name()
+    );
+    std::fs::write(path, scaling::svg(&title, &curves)).with_context(|| format!("cannot write {}", path.display()))?;
+    eprintln!("wrote {}", path.display());
     Ok(())
 }
 
@@ -226,62 +231,4 @@ fn slope(points: &[(f64, f64)]) -> Option<f64> {
     let (mx, my) = (points.iter().map(|p| p.0).sum::<f64>() / n, points.iter().map(|p| p.1).sum::<f64>() / n);
     let covariance: f64 = points.iter().map(|p| (p.0 - mx) * (p.1 - my)).sum();
     Some(covariance / points.iter().map(|p| (p.0 - mx).powi(2)).sum::<f64>())
-}
-
-fn train_step(args: &TrainStepArgs) -> Result<()> {
-    let decoder = |n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab_size| ModelConfig {
-        architecture: Architecture::Llama,
-        n_layers,
-        d_model,
-        d_ff,
-        n_heads,
-        n_kv_heads,
-        head_dim,
-        vocab_size,
-        max_seq_len: 8192,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: None,
-        tie_embeddings: true,
-        qkv_bias: false,
-        qk_norm: false,
-    };
-    let (model, context, batch) = match args.config.as_str() {
-        "tiny" => (decoder(6, 128, 4, 2, 32, 384, 2048), 2048, 2),
-        "135m" => (decoder(30, 576, 9, 3, 64, 1536, 49152), 512, 1),
-        other => anyhow::bail!("unknown config `{other}`; expected tiny or 135m"),
-    };
-    let config = TrainConfig {
-        seed: 1,
-        model,
-        optimizer: Default::default(),
-        data: DataConfig { recall_share: 0.0, answer_weight: 1.0, text: Vec::new() },
-        phases: vec![Phase { steps: 1000, context, batch, copy_share: 0.0, drill: false }],
-        checkpoint: args.checkpoint,
-    };
-    let vocab = config.model.vocab_size as u64;
-    let sequence = |row: u64| ((0..=context as u64).map(|i| (mix(row, i) % vocab) as u32).collect(), vec![1.0; context + 1]);
-    let data = Batch::of(&(0..batch as u64).map(sequence).collect::<Vec<_>>());
-    let n_params = Decoder::random(&config.model, 1).params().iter().map(|p| p.value.len()).sum::<usize>();
-    let mut trainer = Pretrainer::new(config);
-    trainer.step(&data)?; // the moments are allocated here
-    memory::reset_peak();
-    let mut speeds = Vec::new();
-    for _ in 0..args.steps.max(1) {
-        let report = trainer.step(&data)?;
-        speeds.push(report.tokens as f64 / report.seconds);
-    }
-    speeds.sort_by(f64::total_cmp);
-    let median = speeds[speeds.len() / 2];
-    let peak = memory::peak_bytes() as u64;
-    if args.json {
-        println!(
-            "{}",
-            json!({"engine": "sluice", "config": args.config, "tokens_per_second": median, "min": speeds[0], "max": speeds[speeds.len() - 1],
-                "peak_bytes": peak, "checkpoint": args.checkpoint, "threads": rayon::current_num_threads(), "parameters": n_params, "cpu": cpu_name()})
-        );
-    } else {
-        println!("{}: {median:.0} tokens/s (median of {}), peak {}", args.config, speeds.len(), bytes(peak));
-    }
-    Ok(())
 }

@@ -1,0 +1,28 @@
+//! `sluice bench`: speed and memory, measured. A benchmark checks its result before it prints a figure.
+
+mod attention;
+
+mod train_config;
+mod train_memory;
+mod train_step;
+
+use anyhow::Result;
+
+/// What to measure.
+#[derive(clap::Subcommand)]
+pub(crate) enum Command {
+    /// Dense and routed attention by context: time, peak memory, fitted exponent
+    Attention(attention::Args),
+    /// Tokens per second of a training step of a dense decoder
+    TrainStep(train_step::Args),
+    /// Peak memory of a training step with and without checkpoints, beside the cost model
+    TrainMemory(train_memory::Args),
+}
+
+pub(crate) fn run(command: &Command) -> Result<()> {
+    match command {
+        Command::Attention(args) => attention::run(args),
+        Command::TrainStep(args) => train_step::run(args),
+        Command::TrainMemory(args) => train_memory::run(args),
+    }
+}

@@ -1,0 +1,70 @@
+//! `sluice bench train-step`: tokens per second of forward, full backward and AdamW.
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+use sluice_model::train_memory;
+use sluice_tensor::memory;
+
+use super::train_config::Setup;
+use crate::commands::devices::cpu_name;
+use crate::progress::bytes;
+
+/// Arguments of `sluice bench train-step`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// `tiny` (6 layers of 128, T = 2048, B = 2) or `135m` (SmolLM2-135M, T = 512, B = 1)
+    #[arg(long)]
+    config: String,
+    /// Tokens of a sequence, instead of the config's
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+    /// Steps that are timed, after two that are not
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    steps: usize,
+    /// Keep only the residual stream between layers and recompute the rest in backward
+    #[arg(long)]
+    checkpoint: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let setup = Setup::named(&args.config, args.context)?;
+    let (mut trainer, data) = (setup.trainer(args.checkpoint), setup.tokens());
+    // The moments are allocated in the first step; peers get two warm-up steps as well.
+    let first_loss = trainer.step(&data)?.loss;
+    trainer.step(&data)?;
+    memory::reset_peak();
+    let (mut seconds, mut last_loss) = (Vec::new(), f32::NAN);
+    for _ in 0..args.steps.max(1) {
+        let report = trainer.step(&data)?;
+        seconds.push(report.seconds);
+        last_loss = report.loss;
+    }
+    let peak = memory::peak_bytes() as u64;
+    // The same batch over and over: a step that learns must bring the loss down.
+    ensure!(last_loss < first_loss, "the loss went from {first_loss} to {last_loss}: this step does not learn");
+    let tokens = (setup.batch * setup.context) as f64;
+    let predicted = train_memory::dense(&setup.model, setup.batch, setup.context, args.checkpoint);
+    let median = tokens / median(&seconds);
+    if args.json {
+        println!(
+            "{}",
+            json!({"engine": "sluice", "config": args.config, "context": setup.context, "batch": setup.batch,
+                "threads": rayon::current_num_threads(), "steps": seconds.len(), "tokens_per_second": median, "seconds": seconds,
+                "first_loss": first_loss, "last_loss": last_loss, "n_params": predicted.parameter_bytes / 4, "checkpoint": args.checkpoint,
+                "peak_bytes": peak, "predicted_peak_bytes": predicted.peak_bytes, "cpu": cpu_name()})
+        );
+    } else {
+        println!("{}: {median:.0} tokens/s (median of {})", args.config, seconds.len());
+        println!("peak memory {}, predicted {}", bytes(peak), bytes(predicted.peak_bytes));
+    }
+    Ok(())
+}
+
+fn median(seconds: &[f64]) -> f64 {
+    let mut sorted = seconds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}

@@ -1,0 +1,70 @@
+//! The counted peak of a training step against the measured one. Alone in its file: the counters are process-wide.
+
+use sluice_model::train_memory;
+use sluice_spec::{Architecture, ModelConfig};
+use sluice_tensor::memory;
+use sluice_train::pretrain::{Batch, DataConfig, Phase, Pretrainer, TrainConfig};
+
+/// Largest relative difference; what the count leaves out (`train_memory`'s first lines) is below it.
+const TOLERANCE: f64 = 0.04;
+
+#[test]
+fn predicted_peak_is_the_measured_one_with_and_without_checkpoints() {
+    let (few_tokens, many_tokens) = ((1, 64), (3, 256));
+    for (batch, context) in [few_tokens, many_tokens] {
+        let measured = [false, true].map(|checkpoint| {
+            let measured = measure(batch, context, checkpoint);
+            let predicted = train_memory::dense(&config(), batch, context, checkpoint).peak_bytes as f64;
+            let ratio = measured / predicted;
+            assert!(
+                (ratio - 1.0).abs() <= TOLERANCE,
+                "{batch} x {context} tokens, checkpoint {checkpoint}: measured {measured}, predicted {predicted}, ratio {ratio:.4}"
+            );
+            measured
+        });
+        assert!(measured[1] < measured[0], "checkpoints saved nothing: {measured:?}");
+        if (batch, context) == many_tokens {
+            // Here activations outweigh the weights.
+            assert!(measured[1] < 0.6 * measured[0], "{measured:?}");
+        }
+    }
+}
+
+fn config() -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        n_layers: 6,
+        d_model: 64,
+        d_ff: 192,
+        n_heads: 4,
+        n_kv_heads: 2,
+        head_dim: 16,
+        vocab_size: 512,
+        max_seq_len: 512,
+        norm_eps: 1e-5,
+        rope_theta: 1e4,
+        rope_scaling: None,
+        tie_embeddings: true,
+        qkv_bias: false,
+        qk_norm: false,
+    }
+}
+
+fn measure(batch: usize, context: usize, checkpoint: bool) -> f64 {
+    let before = memory::current_bytes();
+    let mut trainer = Pretrainer::new(TrainConfig {
+        seed: 1,
+        model: config(),
+        optimizer: Default::default(),
+        data: DataConfig { recall_share: 0.0, answer_weight: 1.0, text: Vec::new() },
+        phases: vec![Phase { steps: 2, context, batch, copy_share: 0.0, drill: false }],
+        checkpoint,
+    });
+    let sequence = |row: u32| ((0..=context as u32).map(|i| (i * 37 + row * 11) % 512).collect(), vec![1.0; context + 1]);
+    let data = Batch::of(&(0..batch as u32).map(sequence).collect::<Vec<_>>());
+    // The moments are allocated in the first step.
+    trainer.step(&data).unwrap();
+    memory::reset_peak();
+    trainer.step(&data).unwrap();
+    (memory::peak_bytes() - before) as f64
+}
