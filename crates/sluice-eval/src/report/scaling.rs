@@ -34,8 +34,8 @@ pub fn svg(title: &str, curves: &[Curve]) -> String {
         escape(title)
     );
     type Of = fn(&(f64, f64, f64)) -> f64;
-    let panels: [(&str, Of, fn(f64) -> String); 2] =
-        [("Time", |p| p.1, seconds), ("Peak memory beyond the inputs", |p| p.2, |v| bytes(v as u64))];
+    type Panel = (&'static str, Of, fn(f64) -> String);
+    let panels: [Panel; 2] = [("Time", |p| p.1, seconds), ("Peak memory beyond the inputs", |p| p.2, |v| bytes(v as u64))];
     for (i, (name, value, format)) in panels.into_iter().enumerate() {
         let lines: Vec<Line> = curves
             .iter()
