@@ -1,6 +1,7 @@
 //! GFLOP/s of the three matrix products of a linear layer, for the layers of a SmolLM2-135M training step.
 //!
 //!     cargo run --release -p sluice-tensor --example gemm_speed [rows]
+#![expect(clippy::print_stdout, reason = "a measurement prints its table")]
 
 use std::time::Instant;
 

@@ -34,8 +34,8 @@ pub fn svg(title: &str, curves: &[Curve]) -> String {
         escape(title)
     );
     type Of = fn(&(f64, f64, f64)) -> f64;
-    let panels: [(&str, Of, fn(f64) -> String); 2] =
-        [("Time", |p| p.1, seconds), ("Peak memory beyond the inputs", |p| p.2, |v| bytes(v as u64))];
+    type Panel = (&'static str, Of, fn(f64) -> String);
+    let panels: [Panel; 2] = [("Time", |p| p.1, seconds), ("Peak memory beyond the inputs", |p| p.2, |v| bytes(v as u64))];
     for (i, (name, value, format)) in panels.into_iter().enumerate() {
         let lines: Vec<Line> = curves
             .iter()
@@ -48,14 +48,14 @@ pub fn svg(title: &str, curves: &[Curve]) -> String {
         let left = 10 + i * 495;
         let at = format!("<svg x=\"{left}\" y=\"{LEGEND}\" width=\"480\" height=\"300\" ");
         let plot = plot.replacen("<svg ", &at, 1);
-        write!(out, "<text x=\"{}\" y=\"{}\" font-size=\"14\" fill=\"{ink}\">{name}</text>\n{plot}\n", left + 6, LEGEND - 10)
+        writeln!(out, "<text x=\"{}\" y=\"{}\" font-size=\"14\" fill=\"{ink}\">{name}</text>\n{plot}", left + 6, LEGEND - 10)
             .expect("writing to a string");
     }
     for (i, curve) in curves.iter().enumerate() {
         let (x, y) = (20 + i % 2 * 495, LEGEND + 318 + i / 2 * 24);
-        write!(
+        writeln!(
             out,
-            "<g transform=\"translate({x} {y})\">{}<text x=\"36\" y=\"12\" font-size=\"14\" fill=\"{ink}\">{}</text></g>\n",
+            "<g transform=\"translate({x} {y})\">{}<text x=\"36\" y=\"12\" font-size=\"14\" fill=\"{ink}\">{}</text></g>",
             plots::swatch(&look(curve)),
             escape(&label(curve))
         )
