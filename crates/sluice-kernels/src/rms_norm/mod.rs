@@ -30,6 +30,14 @@ pub fn fwd(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> (Tensor, Tensor) {
     (Tensor::from_vec(y, x.shape()), Tensor::from_vec(inv_rms, [n_rows]))
 }
 
+/// One row `y = rmsnorm(x) weight`, the bits of [`fwd`], into a slice that exists already.
+#[track_caller]
+pub fn row(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    assert!(x.len() == weight.len() && x.len() == y.len(), "rms_norm of {} numbers, {} weights, {}", x.len(), weight.len(), y.len());
+    let inv_rms = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    scale_by(x, weight, inv_rms, y);
+}
+
 /// `(dx, dweight)`; the second only if there is a weight.
 ///
 /// With `n = x inv_rms` and `g = dy weight`: `dx = inv_rms (g - n mean(g n))`, `dweight = sum over rows of dy n`.
