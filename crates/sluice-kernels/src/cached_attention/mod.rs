@@ -84,13 +84,15 @@ pub struct Head<'a> {
 /// One query head at one position.
 #[derive(Clone, Copy)]
 pub struct Query {
-    /// Where its `D` numbers begin in `q`, and where its result begins in `o`.
-    pub at: usize,
+    /// Where its `D` numbers begin in `q`.
+    pub q: usize,
+    /// Where its result begins in `o`.
+    pub o: usize,
     /// Rows of the strip that it sees.
     pub n_strip: usize,
 }
 
-/// Attention of the queries `queries(0) .. queries(n)` of one KV head: `o[at..at + D]` from `q[at..at + D]`.
+/// Attention of the queries `queries(0) .. queries(n)` of one KV head: `D` numbers of `o` each, from `D` numbers of `q`.
 ///
 /// `scratch` has at least [`HeadShape::scratch_len`] numbers. Each query sees at least one row.
 #[track_caller]
@@ -109,7 +111,7 @@ pub fn attend(head: &Head<'_>, q: &[f32], n: usize, queries: impl Fn(usize) -> Q
     let mut first = 0;
     while first < n {
         let count = (n - first).min(tile::QUERIES);
-        let mut set = [Query { at: 0, n_strip: 0 }; tile::QUERIES];
+        let mut set = [Query { q: 0, o: 0, n_strip: 0 }; tile::QUERIES];
         let mut seen = 0;
         for (i, query) in set[..count].iter_mut().enumerate() {
             *query = queries(first + i);
@@ -120,7 +122,14 @@ pub fn attend(head: &Head<'_>, q: &[f32], n: usize, queries: impl Fn(usize) -> Q
                 shape.strip,
                 head.n_slots
             );
-            assert!(query.at + shape.head_dim <= q.len().min(o.len()), "cached_attention: a query at {} of {}", query.at, q.len());
+            assert!(
+                query.q + shape.head_dim <= q.len() && query.o + shape.head_dim <= o.len(),
+                "cached_attention: a query at {} of {}, its result at {} of {}",
+                query.q,
+                q.len(),
+                query.o,
+                o.len()
+            );
             seen = seen.max(query.n_strip);
         }
         let set = &set[..count];

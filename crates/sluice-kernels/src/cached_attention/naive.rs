@@ -12,7 +12,7 @@ pub fn attend(head: &Head<'_>, q: &[f32], query: Query) -> Vec<f64> {
     let seen = (0..head.n_slots).chain(shape.strip_row()..shape.strip_row() + query.n_strip);
     let logits: Vec<(usize, f64)> = seen
         .map(|row| {
-            let dot: f64 = (0..d).map(|i| q[query.at + i] as f64 * number(head.keys[i * shape.rows() + row])).sum();
+            let dot: f64 = (0..d).map(|i| q[query.q + i] as f64 * number(head.keys[i * shape.rows() + row])).sum();
             let bias = head.bias.map_or(0.0, |bias| bias.get(row).map_or(0.0, |&b| b as f64));
             (row, dot / (d as f64).sqrt() + bias)
         })

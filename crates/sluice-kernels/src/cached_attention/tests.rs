@@ -49,7 +49,7 @@ fn agrees_with_the_naive_twin_and_has_the_same_bits_query_by_query() {
         let cache = Cache::random(shape, n_slots);
         let mut rng = Rng::new(7);
         let q: Vec<f32> = (0..tokens * group * head_dim).map(|_| rng.normal()).collect();
-        let query = |i: usize| Query { at: i * head_dim, n_strip: seen + 1 + i / group - tokens };
+        let query = |i: usize| Query { q: i * head_dim, o: i * head_dim, n_strip: seen + 1 + i / group - tokens };
         for with_bias in [false, true] {
             let head = cache.head(with_bias);
             let (mut o, mut alone) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len()]);
@@ -93,7 +93,7 @@ fn far_logits_neither_overflow_nor_vanish() {
     let mut o = [f32::NAN; 32];
     let mut scratch = vec![0.0; shape.scratch_len()];
     for (q, want) in [(50.0, 1.0), (-50.0, 2.0)] {
-        attend(&head, &[q; 32], 1, |_| Query { at: 0, n_strip: 2 }, &mut o, &mut scratch);
+        attend(&head, &[q; 32], 1, |_| Query { q: 0, o: 0, n_strip: 2 }, &mut o, &mut scratch);
         assert_eq!(o, [want; 32]);
     }
 }

@@ -105,7 +105,7 @@ unsafe fn chunk_logits<V: Simd, const R: usize, const N: usize>(
         let mut sums = [[V::splat(0.0); N]; R];
         let mut from = [q; R];
         for r in 0..R {
-            from[r] = q.wrapping_add(queries[first + r].at);
+            from[r] = q.wrapping_add(queries[first + r].q);
         }
         let mut keys = head.keys.as_ptr().wrapping_add(row);
         for d in 0..head.shape.head_dim {
@@ -186,7 +186,7 @@ unsafe fn column_outputs<V: Simd, const R: usize, const N: usize>(
             for n in 0..N {
                 sums[r][n].mul(inverse).store(results.as_mut_ptr().wrapping_add(n * V::LANES));
             }
-            std::ptr::copy_nonoverlapping(results.as_ptr(), o.wrapping_add(queries[first + r].at + column), columns);
+            std::ptr::copy_nonoverlapping(results.as_ptr(), o.wrapping_add(queries[first + r].o + column), columns);
         }
     }
 }

@@ -38,6 +38,14 @@ pub fn row(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     scale_by(x, weight, inv_rms, y);
 }
 
+/// [`row`] in place: a head's query or key.
+#[track_caller]
+pub fn row_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+    assert_eq!(x.len(), weight.len(), "rms_norm of {} numbers", x.len());
+    let inv_rms = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    scale_in_place(x, weight, inv_rms);
+}
+
 /// `(dx, dweight)`; the second only if there is a weight.
 ///
 /// With `n = x inv_rms` and `g = dy weight`: `dx = inv_rms (g - n mean(g n))`, `dweight = sum over rows of dy n`.
@@ -93,6 +101,15 @@ vectorised! {
     fn scale_by(x: &[f32], w: &[f32], a: f32, y: &mut [f32]) {
         for (y, (x, w)) in y.iter_mut().zip(x.iter().zip(w)) {
             *y = x * a * w;
+        }
+    }
+}
+
+vectorised! {
+    /// `x = x a w`.
+    fn scale_in_place(x: &mut [f32], w: &[f32], a: f32) {
+        for (x, w) in x.iter_mut().zip(w) {
+            *x = *x * a * w;
         }
     }
 }

@@ -26,6 +26,9 @@ fn check(rows: usize, m: usize, with_weight: bool) {
         for (x, y) in x.f32().chunks_exact(m.max(1)).zip(y.f32().chunks_exact(m.max(1))) {
             row(x, w.f32(), EPS, &mut one);
             assert_eq!(one, y, "{what}");
+            one.copy_from_slice(x);
+            row_in_place(&mut one, w.f32(), EPS);
+            assert_eq!(one, y, "{what}");
         }
     }
     assert_close(&what, inv_rms.f32(), &to_f32(&want_inv), 2e-6);
