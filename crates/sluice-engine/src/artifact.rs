@@ -257,8 +257,23 @@ fn check_digest(path: &Path, bytes: &[u8], entry: &FileEntry) -> Result<(), Arti
     Err(ArtifactError::unexpected(path, format!("content with SHA-256 {found}"), format!("{}, as the manifest says", entry.sha256)))
 }
 
+/// SHA-256 of a file in hexadecimal, read in pieces.
+pub fn file_digest(path: &Path) -> io::Result<String> {
+    let (mut file, mut hasher, mut piece) = (File::open(path)?, Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut piece)? {
+            0 => return Ok(hex(&hasher.finalize())),
+            n => hasher.update(&piece[..n]),
+        }
+    }
+}
+
 fn digest(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(bytes))
+}
+
+fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(unix)]
