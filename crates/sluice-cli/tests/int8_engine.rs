@@ -111,7 +111,8 @@ fn the_tiny_teacher_in_int8_says_what_it_says_in_float() {
 #[test]
 fn every_architecture_comes_through() {
     let temporary = tempfile::tempdir().unwrap();
-    let routing = RoutingConfig { window: 16, top_k: 24, route_every: 8, ..RoutingConfig::default() };
+    // Nothing is evicted: with random weights a single other key changes the logits more than all rounding does.
+    let routing = RoutingConfig { window: 16, top_k: 200, route_every: 8, ..RoutingConfig::default() };
     for (architecture, tied) in [(Architecture::Llama, true), (Architecture::Qwen2, false), (Architecture::Qwen3, false)] {
         let config = ModelConfig {
             architecture,
@@ -139,7 +140,7 @@ fn every_architecture_comes_through() {
         quantise(source.to_str().unwrap(), &source.join(GATES_FILE), &folder, &["--quality-tokens", "0"]);
         let mut engine = Engine::open(&folder, true, Options::default()).unwrap();
         let Agreement { relative, .. } = compare(&model, routing, &mut engine, &ids(200));
-        assert!(relative < 0.06, "{name}: the logits differ by {relative} of their spread");
+        assert!(relative < 0.05, "{name}: the logits differ by {relative} of their spread");
     }
 }
 

@@ -181,6 +181,11 @@ impl Artifact {
         self.weights.len
     }
 
+    /// All weights as words.
+    pub(crate) fn weight_words(&self) -> &[u64] {
+        bytemuck::cast_slice(&self.weights.lines)
+    }
+
     /// Where an int8 tensor lies; its presence and size were checked.
     pub(crate) fn int8_place(&self, name: &str) -> Int8Place {
         match self.manifest.tensors[name] {

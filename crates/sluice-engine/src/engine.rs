@@ -2,6 +2,7 @@
 //! continues any number of them, one at a time.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use sluice_kernels::int8_linear::InstructionSet;
 use sluice_kernels::worker_team::WorkerTeam;
@@ -123,6 +124,33 @@ impl Engine {
     /// Inner loops in use.
     pub fn instructions(&self) -> InstructionSet {
         self.instructions
+    }
+
+    /// Compute with other inner loops, for comparisons.
+    pub fn set_instructions(&mut self, instructions: InstructionSet) -> Result<(), EngineError> {
+        if !instructions.is_available() {
+            return Err(EngineError::Options(format!("this machine has no {}", instructions.name())));
+        }
+        self.instructions = instructions;
+        Ok(())
+    }
+
+    /// Read every byte of the weights once, with all threads: what a decode step cannot do without. Returns their XOR.
+    pub fn read_weights(&mut self) -> u64 {
+        const PIECE: usize = 1 << 17;
+        let words = self.artifact.weight_words();
+        let total = AtomicU64::new(0);
+        self.team.run(words.len().div_ceil(PIECE), |piece| {
+            let words = &words[piece * PIECE..words.len().min((piece + 1) * PIECE)];
+            // Independent lanes, or the chain of operations would be the limit.
+            let (blocks, rest) = words.as_chunks::<16>();
+            let mut lanes = [0; 16];
+            for block in blocks {
+                lanes.iter_mut().zip(block).for_each(|(lane, word)| *lane ^= word);
+            }
+            total.fetch_xor(lanes.iter().chain(rest).fold(0, |all, word| all ^ word), Ordering::Relaxed);
+        });
+        total.into_inner()
     }
 
     /// Threads in use.

@@ -13,6 +13,7 @@ use sluice_tensor::{Tensor, memory};
 use sluice_train::hash::mix;
 use sluice_train::pretrain::{Batch, DataConfig, Phase, Pretrainer, TrainConfig};
 
+use super::bench_engine::{self, Pass};
 use super::devices::cpu_name;
 use crate::progress::{bytes, grouped};
 
@@ -23,6 +24,10 @@ pub(crate) enum Command {
     Attention(AttentionArgs),
     /// Tokens per second of a training step of a dense decoder
     TrainStep(TrainStepArgs),
+    /// Single tokens of an int8 artifact by context, beside the memory limit
+    Decode(bench_engine::Args),
+    /// Prompts of an int8 artifact by context
+    Prefill(bench_engine::Args),
 }
 
 /// Arguments of `sluice bench attention`.
@@ -66,6 +71,8 @@ pub(crate) fn run(command: &Command) -> Result<()> {
     match command {
         Command::Attention(args) => attention(args),
         Command::TrainStep(args) => train_step(args),
+        Command::Decode(args) => bench_engine::run(args, Pass::Decode),
+        Command::Prefill(args) => bench_engine::run(args, Pass::Prefill),
     }
 }
 

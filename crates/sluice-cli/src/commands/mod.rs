@@ -14,4 +14,5 @@ pub(crate) mod pull;
 pub(crate) mod quantize;
 
 pub(crate) mod bench;
+mod bench_engine;
 pub(crate) mod devices;
