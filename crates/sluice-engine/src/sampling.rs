@@ -159,7 +159,7 @@ mod tests {
         counts
     }
 
-    const LOGITS: [f32; 4] = [0.0, 1.0986123, -2.0, 0.6931472]; // odds 1 : 3 : 0.135 : 2
+    const LOGITS: [f32; 4] = [0.0, 1.1, -2.0, 0.7]; // odds 1 : 3 : 0.135 : 2
 
     #[test]
     fn greedy_takes_the_first_of_equals_and_knows_its_probability() {

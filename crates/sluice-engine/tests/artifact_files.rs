@@ -60,7 +60,8 @@ fn damage_is_named() {
         let file = fs::OpenOptions::new().write(true).open(path).unwrap();
         file.set_len(file.metadata().unwrap().len() - 1).unwrap();
     };
-    let cases: [(&str, Box<dyn Fn(&Path)>, &[&str]); 9] = [
+    type Damage = Box<dyn Fn(&Path)>;
+    let cases: [(&str, Damage, &[&str]); 9] = [
         ("newer", Box::new(move |f| edit(f, "\"version\": 1", "\"version\": 2")), &["manifest.json", "version 2", "expected 1"]),
         ("other format", Box::new(move |f| edit(f, "sluice-artifact", "onnx")), &["manifest.json", "`onnx`", "sluice-artifact"]),
         ("unknown field", Box::new(move |f| edit(f, "\"group\"", "\"grop\"")), &["manifest.json", "grop"]),
