@@ -93,7 +93,7 @@ impl Engine {
         Ok(Self {
             weights: Weights::of(&artifact),
             inv_freq: inverse_frequencies(model),
-            scratch: Scratch::new(model, &routing, artifact.manifest.group, chunk),
+            scratch: Scratch::new(model, &routing, artifact.manifest.group, instructions.form(), chunk),
             team: WorkerTeam::new(threads),
             routing,
             instructions,
@@ -132,6 +132,7 @@ impl Engine {
             return Err(EngineError::Options(format!("this machine has no {}", instructions.name())));
         }
         self.instructions = instructions;
+        self.scratch.set_form(instructions.form());
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! The forward pass over one chunk of tokens, a prompt's or a single one. One straight line; every buffer exists before.
 
 use sluice_kernels::cached_attention::{self, Query};
-use sluice_kernels::int8_linear::{PackedMatrix, QuantisedRows, linear};
+use sluice_kernels::int8_linear::{Form, PackedMatrix, QuantisedRows, linear};
 use sluice_kernels::worker_team::WorkerTeam;
 use sluice_kernels::{gate_score, rms_norm, rope, swiglu};
 use sluice_spec::artifact::gate_heads;
@@ -49,7 +49,7 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    pub(crate) fn new(model: &ModelConfig, routing: &RoutingConfig, group: usize, chunk: usize) -> Self {
+    pub(crate) fn new(model: &ModelConfig, routing: &RoutingConfig, group: usize, form: Form, chunk: usize) -> Self {
         let (m, f, d) = (model.d_model, model.d_ff, model.head_dim);
         let (q, kv) = (model.n_heads * d, model.n_kv_heads * d);
         let shape = LayerCache::shape_of(model, routing);
@@ -69,12 +69,19 @@ impl Scratch {
             attention: vec![0.0; jobs * shape.scratch_len()],
             attention_len: shape.scratch_len(),
             gated: vec![0.0; chunk * f],
-            x_int8: QuantisedRows::new(chunk, m, group),
-            o_int8: QuantisedRows::new(chunk, q, group),
-            gated_int8: QuantisedRows::new(chunk, f, group),
+            x_int8: QuantisedRows::new(chunk, m, group, form),
+            o_int8: QuantisedRows::new(chunk, q, group, form),
+            gated_int8: QuantisedRows::new(chunk, f, group, form),
             logits: vec![0.0; model.vocab_size],
-            last_int8: QuantisedRows::new(1, m, group),
+            last_int8: QuantisedRows::new(1, m, group, form),
             chunk,
+        }
+    }
+
+    /// Make room for activations in another form.
+    pub(crate) fn set_form(&mut self, form: Form) {
+        for rows in [&mut self.x_int8, &mut self.o_int8, &mut self.gated_int8, &mut self.last_int8] {
+            *rows = QuantisedRows::new(rows.capacity(), rows.cols(), rows.group(), form);
         }
     }
 
@@ -167,13 +174,13 @@ pub(crate) fn run(engine: &mut Engine, sequence: &mut Sequence, tokens: &[u32]) 
         quantise(team, x, m, &mut s.x_int8);
         linear(team, set, artifact.matrix(layer.gate_up), &s.x_int8, n, None, gate_up); // [T, 2 F]
         let words = s.gated_int8.row_words();
-        let group = s.gated_int8.group();
+        let (group, form) = (s.gated_int8.group(), s.gated_int8.form());
         let rows = &mut s.gated_int8.words_mut()[..n * words];
         team.for_each_chunk_pair((rows, TOKENS_PER_JOB * words), (&mut *gated, TOKENS_PER_JOB * f), |job, rows, gated| {
             let gate_up = gate_up[job * TOKENS_PER_JOB * 2 * f..].chunks_exact(2 * f);
             for ((row, gated), gate_up) in rows.chunks_exact_mut(words).zip(gated.chunks_exact_mut(f)).zip(gate_up) {
                 swiglu::slice(&gate_up[..f], &gate_up[f..], gated);
-                QuantisedRows::quantise(gated, group, row);
+                QuantisedRows::quantise(gated, group, form, row);
             }
         });
         linear(team, set, artifact.matrix(layer.down), &s.gated_int8, n, None, block); // [T, M]
@@ -231,10 +238,10 @@ fn attend(
 
 /// Int8 form of `x [T, width]`.
 fn quantise(team: &mut WorkerTeam, x: &[f32], width: usize, rows: &mut QuantisedRows) {
-    let (n, words, group) = (x.len() / width, rows.row_words(), rows.group());
+    let (n, words, group, form) = (x.len() / width, rows.row_words(), rows.group(), rows.form());
     team.for_each_chunk(&mut rows.words_mut()[..n * words], TOKENS_PER_JOB * words, |job, rows| {
         let x = x[job * TOKENS_PER_JOB * width..].chunks_exact(width);
-        rows.chunks_exact_mut(words).zip(x).for_each(|(row, x)| QuantisedRows::quantise(x, group, row));
+        rows.chunks_exact_mut(words).zip(x).for_each(|(row, x)| QuantisedRows::quantise(x, group, form, row));
     });
 }
 

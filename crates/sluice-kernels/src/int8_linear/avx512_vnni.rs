@@ -3,7 +3,10 @@
 use std::arch::x86_64::*;
 
 use super::activations::Row;
-use super::{TILE_ROWS, Task};
+use super::{Form, TILE_ROWS, Task};
+
+/// Bytes between the weights in use and those that are fetched meanwhile.
+const AHEAD: usize = 2048;
 
 /// # Safety
 /// The machine has AVX-512 F, BW and VNNI; `task` holds whole tokens of the weights' layout.
@@ -35,7 +38,8 @@ unsafe fn tile_of_tokens<const T: usize>(task: &Task<'_>, tile: usize, first: us
     let layout = task.weights.layout;
     let (values, scales) = task.weights.tile(tile);
     let words = task.tokens.len() / task.n_tokens;
-    let rows: [Row<'_>; T] = std::array::from_fn(|t| Row::of(&task.tokens[(first + t) * words..(first + t + 1) * words], &layout));
+    let rows: [Row<'_>; T] =
+        std::array::from_fn(|t| Row::of(&task.tokens[(first + t) * words..(first + t + 1) * words], &layout, Form::Bytes));
     let words_per_group = layout.group / 4;
     let start = task.start(tile);
     let mut results = [[0.0f32; TILE_ROWS]; T];
@@ -58,6 +62,11 @@ unsafe fn tile_of_tokens<const T: usize>(task: &Task<'_>, tile: usize, first: us
                     let a = rows[t].values.as_ptr().wrapping_add(word);
                     even[t] = _mm512_dpbusd_epi32(even[t], w0, _mm512_set1_epi32(*a));
                     odd[t] = _mm512_dpbusd_epi32(odd[t], w1, _mm512_set1_epi32(*a.wrapping_add(1)));
+                }
+                if T == 1 {
+                    // One token waits for memory alone; the processor's own prefetching stops at every page.
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD + 4 * TILE_ROWS).cast());
                 }
                 w = w.wrapping_add(8 * TILE_ROWS);
                 word += 2;

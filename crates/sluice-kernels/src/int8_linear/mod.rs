@@ -130,12 +130,21 @@ impl<'a> PackedMatrix<'a> {
     }
 }
 
+/// How an inner loop wants the values of the activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// One byte each, in order.
+    Bytes,
+    /// Sixteen bits each, of four inputs `a b c d` in the order `a c b d`: the partners of the weights' even and odd bytes.
+    Pairs,
+}
+
 /// What the inner loops can use; `best` is the fastest one of this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InstructionSet {
     /// `vpdpbusd` on 512 bits.
     Avx512Vnni,
-    /// `vpmaddubsw` on 256 bits.
+    /// `vpmaddwd` on 256 bits.
     Avx2,
     /// Any machine.
     Plain,
@@ -152,6 +161,11 @@ impl InstructionSet {
             Self::Avx2 => "avx2",
             Self::Plain => "plain",
         }
+    }
+
+    /// What its inner loop wants of the activations.
+    pub fn form(self) -> Form {
+        if self == Self::Avx2 { Form::Pairs } else { Form::Bytes }
     }
 
     /// Whether this machine has it.
@@ -245,6 +259,7 @@ pub fn linear(
         x.cols(),
         x.group()
     );
+    assert_eq!(x.form(), instructions.form(), "int8_linear: activations for {}", instructions.name());
     assert!(n_tokens <= x.capacity(), "int8_linear: {n_tokens} tokens of {}", x.capacity());
     assert_eq!(y.len(), n_tokens * layout.rows, "int8_linear: y of {n_tokens} tokens for {layout:?}");
     if let Some(bias) = bias {
