@@ -5,8 +5,10 @@
 mod commands;
 mod distill_data;
 mod distill_report;
+mod generation;
 mod models;
 mod progress;
+mod quantise;
 mod sampling;
 mod training_data;
 
@@ -32,6 +34,8 @@ enum Command {
     /// Evaluate a model under a routing policy
     #[command(subcommand)]
     Eval(commands::eval::Command),
+    /// Round a model to int8 for the engine
+    Quantize(commands::quantize::Args),
     /// Continue a text
     Generate(commands::generate::Args),
     /// Talk to a chat model
@@ -67,6 +71,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Distill(args) => commands::distill::run(&args),
         Command::Train(args) => commands::train::run(&args),
         Command::Eval(command) => commands::eval::run(&command),
+        Command::Quantize(args) => commands::quantize::run(&args),
         Command::Generate(args) => commands::generate::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),

@@ -1,6 +1,7 @@
 //! Finding and loading models by what a user types: a path, the name of a pulled model, or `tiny`, the embedded one.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -25,7 +26,7 @@ const TINY_FILES: [(&str, &[u8]); 2] = [
 pub(crate) struct Loaded {
     pub(crate) checkpoint: Checkpoint,
     pub(crate) model: Decoder,
-    pub(crate) tokenizer: Tokenizer,
+    pub(crate) tokenizer: Arc<Tokenizer>,
     /// Routing stored with the gates, if the model has any.
     pub(crate) routing: Option<RoutingConfig>,
 }
@@ -66,7 +67,7 @@ pub(crate) fn load(model: &str, gates: Option<&Path>) -> Result<Loaded> {
     let routing = checkpoint.gates.as_ref().map(|g| g.routing);
     // The decoder shares the tensors; what remains of the checkpoint is its metadata.
     checkpoint.tensors.clear();
-    Ok(Loaded { checkpoint, model: decoder, tokenizer, routing })
+    Ok(Loaded { checkpoint, model: decoder, tokenizer: Arc::new(tokenizer), routing })
 }
 
 /// Path of a model: an existing file or folder, or a model that was pulled.

@@ -34,6 +34,8 @@ pub(crate) trait Simd: Copy {
             x
         }
     }
+    /// Read `LANES` f16 numbers, given as bits; any alignment.
+    unsafe fn load_f16(from: *const u16) -> Self;
     /// Write `LANES` numbers; any alignment.
     unsafe fn store(self, to: *mut f32);
     /// `self + b`.
@@ -118,6 +120,11 @@ impl Simd for Portable {
         Self(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
     }
     #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self {
+        // SAFETY: the caller vouches for 8 readable numbers.
+        Self(unsafe { from.cast::<[u16; 8]>().read_unaligned() }.map(|bits| half::f16::from_bits(bits).to_f32_const()))
+    }
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller vouches for 8 writable numbers.
         unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
@@ -188,6 +195,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
             unsafe { _mm512_maskz_loadu_ps(u16::MAX, from) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const u16) -> Self {
+            unsafe { _mm512_cvtph_ps(_mm256_lddqu_si256(from.cast())) }
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
@@ -263,7 +274,7 @@ mod x86 {
         }
     }
 
-    // SAFETY of every block below: the trait's contract, the machine has AVX2 and FMA.
+    // SAFETY of every block below: the trait's contract, the machine has AVX2, FMA and F16C.
     impl Simd for __m256 {
         const LANES: usize = 8;
         const WIDE: usize = 2;
@@ -279,6 +290,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
             unsafe { _mm256_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const u16) -> Self {
+            unsafe { _mm256_cvtph_ps(_mm_lddqu_si128(from.cast())) }
         }
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
@@ -386,6 +401,13 @@ mod arm {
             unsafe { vld1q_f32(from) }
         }
         #[inline(always)]
+        unsafe fn load_f16(from: *const u16) -> Self {
+            // The vector conversion of half-precision numbers is not stable in the core library yet.
+            let bits = unsafe { from.cast::<[u16; 4]>().read_unaligned() };
+            let numbers = bits.map(|bits| half::f16::from_bits(bits).to_f32_const());
+            unsafe { vld1q_f32(numbers.as_ptr()) }
+        }
+        #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             unsafe { vst1q_f32(to, self) }
         }
@@ -442,12 +464,12 @@ macro_rules! dispatch {
         $vis unsafe fn $name($($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
                 unsafe fn avx512($($arg: $ty),*) {
                     // SAFETY: the caller of the dispatching function keeps the body's contract.
                     unsafe { $body::<std::arch::x86_64::__m512, 8>($($arg),*) }
                 }
-                #[target_feature(enable = "avx2,fma")]
+                #[target_feature(enable = "avx2,fma,f16c")]
                 unsafe fn avx2($($arg: $ty),*) {
                     // SAFETY: as above.
                     unsafe { $body::<std::arch::x86_64::__m256, 4>($($arg),*) }
@@ -517,7 +539,7 @@ mod tests {
             assert_eq!(check(&mut |x, y| transpose_all::<Portable, 2>(x, y)), 8);
             #[cfg(target_arch = "x86_64")]
             if is_x86_feature_detected!("avx2") {
-                #[target_feature(enable = "avx2,fma")]
+                #[target_feature(enable = "avx2,fma,f16c")]
                 unsafe fn avx2(x: &[f32], y: &mut [f32]) {
                     // SAFETY: the caller looked for the features.
                     unsafe { transpose_all::<std::arch::x86_64::__m256, 4>(x, y) }

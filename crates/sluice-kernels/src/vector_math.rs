@@ -60,9 +60,10 @@ pub(crate) fn instruction_set() -> InstructionSet {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
     {
         InstructionSet::Avx512
-    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
         InstructionSet::Avx2
     } else {
         InstructionSet::Baseline
@@ -86,6 +87,26 @@ vectorised! {
             }
         }
         add_lanes(acc)
+    }
+}
+
+vectorised! {
+    /// Each element becomes `exp(x - shift)`; returns their sum.
+    pub(crate) fn exp_in_place(xs: &mut [f32], shift: f32) -> f32 {
+        let mut acc = [0.0; LANES];
+        let (chunks, rest) = xs.as_chunks_mut::<LANES>();
+        for x in chunks {
+            for i in 0..LANES {
+                x[i] = exp(x[i] - shift);
+                acc[i] += x[i];
+            }
+        }
+        let mut sum = add_lanes(acc);
+        for x in rest {
+            *x = exp(*x - shift);
+            sum += *x;
+        }
+        sum
     }
 }
 
@@ -339,6 +360,9 @@ mod tests {
             close("sum", sum(&x), x.iter().map(|&x| x as f64).sum());
             close("dot", dot(&x, &y), x.iter().zip(&y).map(|(&x, &y)| x as f64 * y as f64).sum());
             close("sum_exp", sum_exp(&x, 0.5), exps);
+            let mut in_place = x.clone();
+            close("exp_in_place", exp_in_place(&mut in_place, 0.5), exps);
+            in_place.iter().zip(&x).for_each(|(&e, &x)| close("exp_in_place", e, (x as f64 - 0.5).exp()));
             let mut z = y[..n].to_vec();
             axpy(-2.0, &x, &mut z);
             scale(&mut z, 3.0);

@@ -1,6 +1,7 @@
-//! Plain data that every part of Sluice agrees on: model and routing configs, tensor names.
+//! Plain data that every part of Sluice agrees on: model and routing configs, tensor names, artifacts.
 //! Knows nothing about compute.
 
+pub mod artifact;
 pub mod model;
 pub mod routing;
 pub mod tensor_names;

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
+
 /// Tokenizer found beside, or inside, a checkpoint.
 #[derive(Clone, Debug, PartialEq)]
 pub enum TokenizerSource {
@@ -31,7 +33,8 @@ pub struct GgufTokenizer {
 }
 
 /// Special tokens and the chat template, which belong to the checkpoint as much as its weights.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TextConfig {
     /// Begin-of-sequence id.
     pub bos: Option<u32>,

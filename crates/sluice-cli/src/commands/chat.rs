@@ -4,15 +4,16 @@ use std::io::{BufRead, Write};
 
 use anyhow::{Context, Result};
 use sluice_data::{ChatTemplate, Message};
+use sluice_engine::Sampler;
 
-use crate::commands::generate::Generation;
-use crate::models::{self, RoutingArgs};
-use crate::sampling::{Sampler, SamplingArgs};
+use crate::generation::Backend;
+use crate::models::RoutingArgs;
+use crate::sampling::SamplingArgs;
 
 /// Arguments of `sluice chat`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// GGUF file, Hugging Face folder or pulled model
+    /// Artifact, GGUF file, Hugging Face folder or pulled model
     #[arg(long)]
     model: String,
     /// System message
@@ -28,10 +29,10 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let loaded = models::load(&args.model, args.routing.gates.as_deref())?;
-    let template = ChatTemplate::of(&loaded.tokenizer).with_context(|| loaded.checkpoint.path.display().to_string())?;
-    let plan = args.routing.plan(&loaded)?;
-    let mut generation = Generation::new(&loaded, plan, Sampler::new(&args.sampling))?;
+    let mut backend = Backend::open(&args.model, &args.routing)?;
+    let template = ChatTemplate::of(backend.tokenizer()).with_context(|| backend.name())?;
+    let begin = |backend: &Backend| (backend.begin(), Sampler::new(args.sampling.config(), backend.vocab_size()));
+    let (mut state, mut sampler) = begin(&backend);
     let mut messages: Vec<Message> = args.system.iter().map(|text| Message::new("system", text.as_str())).collect();
     let mut read = String::new(); // what the model has seen, as text
     eprintln!("Type a message and press Enter; an empty line or Ctrl-D ends the chat.");
@@ -48,15 +49,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             Some(fresh) => fresh.to_string(),
             None => {
                 // The template rewrote earlier turns: read the conversation anew.
-                generation = Generation::new(&loaded, plan, Sampler::new(&args.sampling))?;
+                (state, sampler) = begin(&backend);
                 prompt.clone()
             }
         };
-        let ids = loaded.tokenizer.encode_with_special(&fresh);
-        let outcome = generation.extend(&ids, args.tokens, |text| {
+        let ids = backend.tokenizer().encode_with_special(&fresh);
+        let outcome = backend.extend(&mut state, &mut sampler, &ids, args.tokens, |text| {
             print!("{text}");
             let _ = std::io::stdout().flush();
-        });
+        })?;
         println!();
         messages.push(Message::new("assistant", outcome.text.as_str()));
         read = prompt + &outcome.text;

@@ -16,15 +16,20 @@ pub(super) fn fwd(x: &[f32], weight: &[f32], bias: &[f32], recency: &[f32], posi
     scores.par_chunks_mut((CHUNK * gs).max(1)).enumerate().for_each(|(chunk, scores)| {
         for (i, scores) in scores.chunks_exact_mut(gs).enumerate() {
             let row = chunk * CHUNK + i;
-            let x = &x[row * m..(row + 1) * m];
-            let inv_rms = inv_rms(x, eps);
-            let age = positions[row % t] as f32 / RECENCY_UNIT;
-            for g in 0..gs {
-                scores[g] = inv_rms * dot(x, &weight[g * m..(g + 1) * m]) + bias[g] + recency[g] * age;
-            }
+            fwd_token(&x[row * m..(row + 1) * m], weight, bias, recency, positions[row % t], eps, scores);
         }
     });
     scores
+}
+
+/// Scores `[Gs]` of one token.
+pub(super) fn fwd_token(x: &[f32], weight: &[f32], bias: &[f32], recency: &[f32], position: u32, eps: f32, scores: &mut [f32]) {
+    let m = x.len();
+    let inv_rms = inv_rms(x, eps);
+    let age = position as f32 / RECENCY_UNIT;
+    for (g, score) in scores.iter_mut().enumerate() {
+        *score = inv_rms * dot(x, &weight[g * m..(g + 1) * m]) + bias[g] + recency[g] * age;
+    }
 }
 
 pub(super) fn bwd(

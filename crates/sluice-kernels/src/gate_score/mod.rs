@@ -26,6 +26,21 @@ pub fn fwd(x: &Tensor, weight: &Tensor, bias: &Tensor, recency: &Tensor, positio
     Tensor::from_vec(cpu::fwd(x.f32(), weight.f32(), bias.f32(), recency.f32(), positions, eps), [b, t, gs])
 }
 
+/// Scores `[Gs]` of one token `x [M]` at `position`, the bits of [`fwd`], into a slice that exists already.
+#[track_caller]
+pub fn token(x: &[f32], weight: &[f32], bias: &[f32], recency: &[f32], position: u32, eps: f32, scores: &mut [f32]) {
+    let gs = scores.len();
+    assert!(
+        weight.len() == gs * x.len() && bias.len() == gs && recency.len() == gs,
+        "gate_score of {} inputs for {gs} heads: {} weights, {} biases, {} slopes",
+        x.len(),
+        weight.len(),
+        bias.len(),
+        recency.len()
+    );
+    cpu::fwd_token(x, weight, bias, recency, position, eps, scores);
+}
+
 /// Gradients for `dscores [B, T, Gs]`: `(dweight [Gs, M], dbias [Gs], drecency [Gs], dx [B, T, M] if wanted)`.
 #[track_caller]
 pub fn bwd(

@@ -47,6 +47,9 @@ fn a_row_has_the_same_score_alone_and_among_others() {
         let row = Tensor::from_vec(c.x.f32()[t * 100..(t + 1) * 100].to_vec(), [1, 1, 100]);
         let alone = fwd(&row, &c.weight, &c.bias, &c.recency, &c.positions[t..t + 1], EPS);
         assert_eq!(alone.f32(), &all.f32()[t * 3..(t + 1) * 3], "row {t}");
+        let mut scores = [f32::NAN; 3];
+        token(row.f32(), c.weight.f32(), c.bias.f32(), c.recency.f32(), c.positions[t], EPS, &mut scores);
+        assert_eq!(scores[..], all.f32()[t * 3..(t + 1) * 3], "token {t}");
     }
 }
 

@@ -30,6 +30,22 @@ pub fn fwd(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> (Tensor, Tensor) {
     (Tensor::from_vec(y, x.shape()), Tensor::from_vec(inv_rms, [n_rows]))
 }
 
+/// One row `y = rmsnorm(x) weight`, the bits of [`fwd`], into a slice that exists already.
+#[track_caller]
+pub fn row(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    assert!(x.len() == weight.len() && x.len() == y.len(), "rms_norm of {} numbers, {} weights, {}", x.len(), weight.len(), y.len());
+    let inv_rms = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    scale_by(x, weight, inv_rms, y);
+}
+
+/// [`row`] in place: a head's query or key.
+#[track_caller]
+pub fn row_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+    assert_eq!(x.len(), weight.len(), "rms_norm of {} numbers", x.len());
+    let inv_rms = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    scale_in_place(x, weight, inv_rms);
+}
+
 /// `(dx, dweight)`; the second only if there is a weight.
 ///
 /// With `n = x inv_rms` and `g = dy weight`: `dx = inv_rms (g - n mean(g n))`, `dweight = sum over rows of dy n`.
@@ -85,6 +101,15 @@ vectorised! {
     fn scale_by(x: &[f32], w: &[f32], a: f32, y: &mut [f32]) {
         for (y, (x, w)) in y.iter_mut().zip(x.iter().zip(w)) {
             *y = x * a * w;
+        }
+    }
+}
+
+vectorised! {
+    /// `x = x a w`.
+    fn scale_in_place(x: &mut [f32], w: &[f32], a: f32) {
+        for (x, w) in x.iter_mut().zip(w) {
+            *x = *x * a * w;
         }
     }
 }

@@ -21,6 +21,16 @@ fn check(rows: usize, m: usize, with_weight: bool) {
     let (want_y, want_inv) = naive::fwd(&x, weight, EPS);
     let (want_dx, want_dw) = naive::bwd(&dy, &x, weight, EPS);
     assert_close(&what, y.f32(), &to_f32(&want_y), 2e-6);
+    if with_weight {
+        let mut one = vec![f32::NAN; m];
+        for (x, y) in x.f32().chunks_exact(m.max(1)).zip(y.f32().chunks_exact(m.max(1))) {
+            row(x, w.f32(), EPS, &mut one);
+            assert_eq!(one, y, "{what}");
+            one.copy_from_slice(x);
+            row_in_place(&mut one, w.f32(), EPS);
+            assert_eq!(one, y, "{what}");
+        }
+    }
     assert_close(&what, inv_rms.f32(), &to_f32(&want_inv), 2e-6);
     assert_close(&what, dx.f32(), &to_f32(&want_dx), 1e-5);
     assert_eq!(dw.is_some(), with_weight);

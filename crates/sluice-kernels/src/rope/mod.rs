@@ -33,6 +33,23 @@ pub fn bwd(dy: &Tensor, positions: &[u32], inv_freq: &[f32], style: RopeStyle) -
     rotate(dy, positions, inv_freq, style, -1.0)
 }
 
+/// Cosines and sines `[D / 2]` of one position, for [`turn_heads`].
+#[track_caller]
+pub fn position_angles(position: u32, inv_freq: &[f32], cos: &mut [f32], sin: &mut [f32]) {
+    assert!(cos.len() == inv_freq.len() && sin.len() == inv_freq.len(), "rope angles of {} frequencies", inv_freq.len());
+    for (i, &f) in inv_freq.iter().enumerate() {
+        let (s, c) = (position as f64 * f as f64).sin_cos();
+        (cos[i], sin[i]) = (c as f32, s as f32);
+    }
+}
+
+/// Turn the heads `x [n, D]` of one token in place, half-split pairs.
+#[track_caller]
+pub fn turn_heads(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    assert!(cos.len() == sin.len() && x.len().is_multiple_of(2 * cos.len()), "rope of {} numbers by {} angles", x.len(), cos.len());
+    turn_half_split(x, cos, sin);
+}
+
 #[track_caller]
 fn rotate(x: &Tensor, positions: &[u32], inv_freq: &[f32], style: RopeStyle, direction: f32) -> Tensor {
     let [_, n_queries, n_heads, head_dim] = x.dims();
@@ -100,6 +117,20 @@ vectorised! {
             for i in 0..n {
                 y0[i] = x0[i] * cos[i] - x1[i] * sin[i];
                 y1[i] = x1[i] * cos[i] + x0[i] * sin[i];
+            }
+        }
+    }
+}
+
+vectorised! {
+    fn turn_half_split(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+        let n = cos.len();
+        let sin = &sin[..n];
+        for x in x.chunks_exact_mut(2 * n) {
+            let (x0, x1) = x.split_at_mut(n);
+            let x1 = &mut x1[..n];
+            for i in 0..n {
+                (x0[i], x1[i]) = (x0[i] * cos[i] - x1[i] * sin[i], x1[i] * cos[i] + x0[i] * sin[i]);
             }
         }
     }

@@ -36,6 +36,18 @@ fn agrees_with_the_naive_twin() {
 }
 
 #[test]
+fn heads_turned_in_place_agree_with_the_naive_twin() {
+    for position in [0u32, 1, 777, 1_000_000] {
+        let x = Rng::new(4).normal_tensor([1, 1, 3, 64]);
+        let freq = frequencies(64);
+        let (mut cos, mut sin, mut turned) = ([0.0; 32], [0.0; 32], x.f32().to_vec());
+        position_angles(position, &freq, &mut cos, &mut sin);
+        turn_heads(&mut turned, &cos, &sin);
+        assert_close(&position.to_string(), &turned, &to_f32(&naive::rotate(&x, &[position], &freq, RopeStyle::HalfSplit, 1.0)), 1e-6);
+    }
+}
+
+#[test]
 fn the_styles_differ_by_a_permutation_of_each_head() {
     let x = Rng::new(2).normal_tensor([1, 5, 2, 8]);
     let interleave = |x: &Tensor| {

@@ -22,6 +22,13 @@ pub fn fwd(gate: &Tensor, up: &Tensor) -> Tensor {
     Tensor::from_vec(y, gate.shape())
 }
 
+/// [`fwd`] into a slice that exists already.
+#[track_caller]
+pub fn slice(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    assert!(gate.len() == up.len() && gate.len() == y.len(), "swiglu of {}, {} and {} numbers", gate.len(), up.len(), y.len());
+    fwd_slice(gate, up, y);
+}
+
 /// Gradients of both inputs: `(dgate, dup)`.
 #[track_caller]
 pub fn bwd(dy: &Tensor, gate: &Tensor, up: &Tensor) -> (Tensor, Tensor) {

@@ -15,6 +15,9 @@ fn check(n: usize) {
     gate.f32_mut().iter_mut().enumerate().for_each(|(i, g)| *g *= 1.0 + (i % 10) as f32);
     let what = format!("[{n}]");
     assert_close(&what, fwd(&gate, &up).f32(), &to_f32(&naive::fwd(gate.f32(), up.f32())), 1e-6);
+    let mut y = vec![f32::NAN; n];
+    slice(gate.f32(), up.f32(), &mut y);
+    assert_eq!(y, fwd(&gate, &up).f32(), "{what}");
     let (dgate, dup) = bwd(&dy, &gate, &up);
     let (want_dgate, want_dup) = naive::bwd(dy.f32(), gate.f32(), up.f32());
     assert_close(&what, dgate.f32(), &to_f32(&want_dgate), 1e-6);

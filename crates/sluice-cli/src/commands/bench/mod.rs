@@ -1,12 +1,14 @@
 //! `sluice bench`: speed and memory, measured. A benchmark checks its result before it prints a figure.
 
 mod attention;
-
+mod engine;
 mod train_config;
 mod train_memory;
 mod train_step;
 
 use anyhow::Result;
+
+use engine::Pass;
 
 /// What to measure.
 #[derive(clap::Subcommand)]
@@ -17,6 +19,10 @@ pub(crate) enum Command {
     TrainStep(train_step::Args),
     /// Peak memory of a training step with and without checkpoints, beside the cost model
     TrainMemory(train_memory::Args),
+    /// Single tokens of an int8 artifact by context, beside the memory limit
+    Decode(engine::Args),
+    /// Prompts of an int8 artifact by context
+    Prefill(engine::Args),
 }
 
 pub(crate) fn run(command: &Command) -> Result<()> {
@@ -24,5 +30,7 @@ pub(crate) fn run(command: &Command) -> Result<()> {
         Command::Attention(args) => attention::run(args),
         Command::TrainStep(args) => train_step::run(args),
         Command::TrainMemory(args) => train_memory::run(args),
+        Command::Decode(args) => engine::run(args, Pass::Decode),
+        Command::Prefill(args) => engine::run(args, Pass::Prefill),
     }
 }

@@ -1,0 +1,296 @@
+//! Bounded cache of one layer: slots for admitted keys, a strip of recent ones that are not decided yet.
+//!
+//! The router decides at the start of a block: what has left the window since the last block is offered to the slots,
+//! each slot's key is the worst of them at most once, and what is not admitted is gone. Scores never change, so this is
+//! exactly the prefix top-k. At most `top_k + window + route_every - 1` keys are held at any moment.
+
+use std::cmp::Ordering;
+
+use sluice_kernels::cached_attention::{self, Head, HeadShape};
+use sluice_kernels::routed_attention::GateBias;
+use sluice_spec::{ModelConfig, RoutingConfig};
+
+/// Keys, values and scores that one layer keeps of a sequence.
+#[derive(Clone)]
+pub(crate) struct LayerCache {
+    pub(crate) shape: HeadShape,
+    n_heads: usize,
+    routing: RoutingConfig,
+    /// `[G, D, rows]`.
+    pub(crate) keys: Vec<u16>,
+    /// `[G, rows, width]`.
+    pub(crate) values: Vec<u16>,
+    /// `[G, top_k]` positions and scores of the slots in use.
+    pub(crate) slot_positions: Vec<u32>,
+    pub(crate) slot_scores: Vec<f32>,
+    /// Slots in use, the same for every head.
+    pub(crate) n_slots: usize,
+    /// `[G]` the slot to give up next, once all are in use.
+    worst: Vec<usize>,
+    /// `[G, top_k]` biases of the block in progress, when the gate keeps its temperature.
+    bias: Vec<f32>,
+    /// `[strip, G]`.
+    pub(crate) strip_scores: Vec<f32>,
+    /// Position of the strip's first key.
+    pub(crate) strip_start: usize,
+    pub(crate) strip_len: usize,
+    /// Keys admitted so far, evicted ones included.
+    pub(crate) admissions: u64,
+}
+
+impl LayerCache {
+    pub(crate) fn new(model: &ModelConfig, routing: &RoutingConfig) -> Self {
+        let shape = Self::shape_of(model, routing);
+        let g = model.n_kv_heads;
+        let has_bias = routing.gate_temperature > 0.0;
+        Self {
+            shape,
+            n_heads: g,
+            routing: *routing,
+            keys: vec![0; g * shape.key_len()],
+            values: vec![0; g * shape.value_len()],
+            slot_positions: vec![0; g * routing.top_k],
+            slot_scores: vec![0.0; g * routing.top_k],
+            n_slots: 0,
+            worst: vec![0; g],
+            bias: vec![0.0; if has_bias { g * routing.top_k } else { 0 }],
+            strip_scores: vec![0.0; shape.strip * g],
+            strip_start: 0,
+            strip_len: 0,
+            admissions: 0,
+        }
+    }
+
+    /// Sizes of a head's cache.
+    pub(crate) fn shape_of(model: &ModelConfig, routing: &RoutingConfig) -> HeadShape {
+        HeadShape { head_dim: model.head_dim, top_k: routing.top_k, strip: routing.window + routing.route_every - 1 }
+    }
+
+    /// Bytes of keys and values.
+    pub(crate) fn bytes(&self) -> usize {
+        2 * (self.keys.len() + self.values.len())
+    }
+
+    /// The position `start` begins a block: decide about the keys that its queries no longer see locally.
+    pub(crate) fn begin_block(&mut self, start: usize) {
+        let first_local = (start + 1).saturating_sub(self.routing.window);
+        let n = first_local.saturating_sub(self.strip_start).min(self.strip_len);
+        for row in 0..n {
+            self.offer(row);
+        }
+        if n > 0 {
+            self.drop_front(n);
+        }
+        self.set_bias();
+    }
+
+    /// Offer the key in a row of the strip to the slots of every head.
+    fn offer(&mut self, row: usize) {
+        let (g, k) = (self.n_heads, self.shape.top_k);
+        let position = (self.strip_start + row) as u32;
+        if k == 0 {
+            return;
+        }
+        let n_slots = self.n_slots;
+        for head in 0..g {
+            let score = self.effective(self.strip_scores[row * g + head], position);
+            let slots = head * k..(head + 1) * k;
+            let slot = if n_slots < k {
+                n_slots
+            } else {
+                let worst = self.worst[head];
+                let held = (self.slot_scores[head * k + worst], self.slot_positions[head * k + worst]);
+                if order((score, position), held) == Ordering::Less {
+                    continue;
+                }
+                worst
+            };
+            let (keys, values) = head_of(self.shape, &mut self.keys, &mut self.values, head);
+            cached_attention::copy_row(self.shape, keys, values, self.shape.strip_row() + row, slot);
+            self.slot_scores[head * k + slot] = score;
+            self.slot_positions[head * k + slot] = position;
+            self.admissions += 1;
+            if n_slots + 1 >= k {
+                self.worst[head] = worst_of(&self.slot_scores[slots.clone()], &self.slot_positions[slots]);
+            }
+        }
+        self.n_slots = (n_slots + 1).min(k);
+    }
+
+    /// A score as the order sees it: sinks are +inf, NaN loses to everything, -0 equals 0.
+    fn effective(&self, score: f32, position: u32) -> f32 {
+        if (position as usize) < self.routing.n_sink {
+            f32::INFINITY
+        } else if score.is_nan() {
+            f32::NEG_INFINITY
+        } else {
+            score + 0.0
+        }
+    }
+
+    fn drop_front(&mut self, n: usize) {
+        let left = self.strip_len - n;
+        for head in 0..self.n_heads {
+            let (keys, values) = head_of(self.shape, &mut self.keys, &mut self.values, head);
+            cached_attention::shift_strip(self.shape, keys, values, n, left);
+        }
+        self.strip_scores.copy_within(n * self.n_heads..(n + left) * self.n_heads, 0);
+        self.strip_start += n;
+        self.strip_len = left;
+    }
+
+    fn set_bias(&mut self) {
+        let k = self.shape.top_k;
+        if self.bias.is_empty() {
+            return;
+        }
+        for head in 0..self.n_heads {
+            let tau = if self.n_slots == k { self.slot_scores[head * k + self.worst[head]] } else { f32::NEG_INFINITY };
+            for slot in head * k..head * k + self.n_slots {
+                self.bias[slot] = GateBias::of(self.slot_scores[slot], tau, self.routing.gate_temperature).0;
+            }
+        }
+    }
+
+    /// Append the key, value and scores of the next position: `[G, D]`, `[G, D]`, `[G]`, or one score for all heads.
+    pub(crate) fn append(&mut self, keys: &[f32], values: &[f32], scores: &[f32]) {
+        let (d, g, row) = (self.shape.head_dim, self.n_heads, self.strip_len);
+        assert!(row < self.shape.strip, "a key does not fit behind the {row} of a strip; was its block begun?");
+        for head in 0..g {
+            let (cached_keys, cached_values) = head_of(self.shape, &mut self.keys, &mut self.values, head);
+            let own = head * d..(head + 1) * d;
+            let row = self.shape.strip_row() + row;
+            cached_attention::write_row(self.shape, cached_keys, cached_values, row, &keys[own.clone()], &values[own]);
+            self.strip_scores[self.strip_len * g + head] = scores[head % scores.len()];
+        }
+        self.strip_len += 1;
+    }
+
+    /// A head's cache for attention.
+    pub(crate) fn head(&self, head: usize) -> Head<'_> {
+        let (k, v, top_k) = (self.shape.key_len(), self.shape.value_len(), self.shape.top_k);
+        Head {
+            shape: self.shape,
+            keys: &self.keys[head * k..(head + 1) * k],
+            values: &self.values[head * v..(head + 1) * v],
+            n_slots: self.n_slots,
+            bias: (!self.bias.is_empty()).then(|| &self.bias[head * top_k..][..self.n_slots]),
+        }
+    }
+
+    /// Rows of the strip that a query at `position` sees.
+    pub(crate) fn seen_by(&self, position: usize) -> usize {
+        position + 1 - self.strip_start
+    }
+
+    /// Positions that a head holds, ascending.
+    pub(crate) fn kept_positions(&self, head: usize) -> Vec<u32> {
+        let k = self.shape.top_k;
+        let mut kept = self.slot_positions[head * k..][..self.n_slots].to_vec();
+        kept.extend((self.strip_start..self.strip_start + self.strip_len).map(|p| p as u32));
+        kept.sort_unstable();
+        kept
+    }
+
+    /// What follows from the slots, after they were read from a snapshot.
+    pub(crate) fn rebuild(&mut self) {
+        let k = self.shape.top_k;
+        if self.n_slots == k && k > 0 {
+            for head in 0..self.n_heads {
+                self.worst[head] = worst_of(&self.slot_scores[head * k..][..k], &self.slot_positions[head * k..][..k]);
+            }
+        }
+        self.set_bias();
+    }
+}
+
+/// By score, ties to the larger position.
+fn order(a: (f32, u32), b: (f32, u32)) -> Ordering {
+    a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))
+}
+
+fn worst_of(scores: &[f32], positions: &[u32]) -> usize {
+    (0..scores.len()).min_by(|&a, &b| order((scores[a], positions[a]), (scores[b], positions[b]))).expect("there are slots")
+}
+
+/// Keys and values of one head.
+fn head_of<'a>(shape: HeadShape, keys: &'a mut [u16], values: &'a mut [u16], head: usize) -> (&'a mut [u16], &'a mut [u16]) {
+    let (k, v) = (shape.key_len(), shape.value_len());
+    (&mut keys[head * k..(head + 1) * k], &mut values[head * v..(head + 1) * v])
+}
+
+#[cfg(test)]
+mod tests {
+    use sluice_kernels::top_k_routing::{Budget, RouterState};
+    use sluice_spec::{Architecture, GateHeads};
+    use sluice_testkit::Rng;
+
+    use super::*;
+
+    fn model(g: usize) -> ModelConfig {
+        ModelConfig {
+            architecture: Architecture::Llama,
+            n_layers: 1,
+            d_model: 4,
+            d_ff: 4,
+            n_heads: g,
+            n_kv_heads: g,
+            head_dim: 2,
+            vocab_size: 8,
+            max_seq_len: 64,
+            norm_eps: 1e-5,
+            rope_theta: 1e4,
+            rope_scaling: None,
+            tie_embeddings: true,
+            qkv_bias: false,
+            qk_norm: false,
+        }
+    }
+
+    /// Against the float model's router, with ties, NaN and every shape of budget.
+    #[test]
+    fn keeps_what_the_router_of_the_float_model_keeps() {
+        let g = 3;
+        for (window, top_k, route_every, n_sink) in
+            [(8, 5, 4, 2), (1, 7, 1, 0), (16, 32, 64, 4), (3, 0, 2, 4), (5, 1, 3, 1), (2, 400, 8, 4)]
+        {
+            let routing = RoutingConfig { window, top_k, route_every, n_sink, gate_heads: GateHeads::KvHead, gate_temperature: 0.0 };
+            let mut cache = LayerCache::new(&model(g), &routing);
+            let mut router = RouterState::new(g, Budget { window, top_k, route_every, n_sink });
+            let mut rng = Rng::new(3);
+            for t in 0..500 {
+                let score = |rng: &mut Rng| if rng.below(40) == 0 { f32::NAN } else { rng.below(30) as f32 };
+                let scores: Vec<f32> = (0..g).map(|_| score(&mut rng)).collect();
+                router.route_chunk(&scores);
+                if t % route_every == 0 {
+                    cache.begin_block(t);
+                }
+                // The key tells its position and head, so that a wrong row is seen.
+                let key: Vec<f32> = (0..g).flat_map(|head| [t as f32, head as f32]).collect();
+                cache.append(&key, &key, &scores);
+                for head in 0..g {
+                    let mut want: Vec<u32> = router.kept(head).iter().map(|&p| p as u32).collect();
+                    let mut slots = cache.slot_positions[head * top_k..][..cache.n_slots].to_vec();
+                    slots.sort_unstable();
+                    assert_eq!(slots, want, "slots of head {head} at {t} for {routing:?}");
+                    let first_local = (t / route_every * route_every + 1).saturating_sub(window) as u32;
+                    want.extend(first_local..=t as u32);
+                    assert_eq!(cache.kept_positions(head), want, "head {head} at {t} for {routing:?}");
+                    assert!(want.len() <= routing.cached_keys());
+                    let h = cache.head(head);
+                    for slot in 0..cache.n_slots {
+                        let held = half_to_f32(h.keys[slot]);
+                        assert_eq!(held as u32, cache.slot_positions[head * top_k + slot]);
+                        assert_eq!(half_to_f32(h.values[slot * cache.shape.value_width() + 1]) as usize, head);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whole numbers up to 2048 are exact in f16.
+    fn half_to_f32(bits: u16) -> f32 {
+        let exponent = (bits >> 10) as i32;
+        if exponent == 0 { 0.0 } else { (1.0 + (bits & 1023) as f32 / 1024.0) * 2f32.powi(exponent - 15) }
+    }
+}

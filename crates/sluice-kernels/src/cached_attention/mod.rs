@@ -1,0 +1,187 @@
+//! Attention over the bounded cache of one sequence, one KV head at a time, keys and values in f16.
+//!
+//! ```text
+//! z_j = q . k_j / sqrt(D) + beta_j      j in the slots in use and in the part of the strip that the query sees
+//! a   = softmax_j z_j                   o = sum_j a_j v_j
+//! ```
+//!
+//! A head's rows are its `top_k` slots of admitted keys, then the strip of recent ones; both begin at a multiple of
+//! [`ROWS`]. Keys are stored transposed, `[D, rows]`, so that the lanes of a vector are keys and no sum crosses them.
+//! Every sum runs in one order that depends on the rows alone: a query has the same bits alone and in a block of
+//! queries, with AVX-512, AVX2 and NEON (without a fused multiply-add, on older machines, the last bits differ).
+
+pub mod naive;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use crate::vector_math;
+
+/// Rows that a loop takes at once; slots and strip are padded to a multiple of it.
+pub const ROWS: usize = 32;
+
+/// Sizes of a head's cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadShape {
+    /// `D`.
+    pub head_dim: usize,
+    /// Slots for admitted keys.
+    pub top_k: usize,
+    /// Rows of the strip, `window + route_every - 1`.
+    pub strip: usize,
+}
+
+impl HeadShape {
+    /// First row of the strip.
+    pub fn strip_row(&self) -> usize {
+        self.top_k.next_multiple_of(ROWS)
+    }
+
+    /// Rows, padding included.
+    pub fn rows(&self) -> usize {
+        self.strip_row() + self.strip.next_multiple_of(ROWS)
+    }
+
+    /// Width of a value row, padding included.
+    pub fn value_width(&self) -> usize {
+        self.head_dim.next_multiple_of(ROWS)
+    }
+
+    /// Numbers of a head's keys, `[D, rows]`.
+    pub fn key_len(&self) -> usize {
+        self.head_dim * self.rows()
+    }
+
+    /// Numbers of a head's values, `[rows, value_width]`.
+    pub fn value_len(&self) -> usize {
+        self.rows() * self.value_width()
+    }
+
+    /// Numbers of scratch for each call of [`attend`] that runs at the same time.
+    pub fn scratch_len(&self) -> usize {
+        tile::QUERIES * self.rows()
+    }
+}
+
+/// Cached keys and values of one KV head. Padding and free rows hold finite numbers.
+#[derive(Clone, Copy)]
+pub struct Head<'a> {
+    /// Sizes.
+    pub shape: HeadShape,
+    /// `[D, rows]`, bits of f16.
+    pub keys: &'a [u16],
+    /// `[rows, value_width]`, bits of f16.
+    pub values: &'a [u16],
+    /// Slots in use: rows `0..n_slots`.
+    pub n_slots: usize,
+    /// What a slot's key adds to its logit: `[n_slots]`, or none.
+    pub bias: Option<&'a [f32]>,
+}
+
+/// One query head at one position.
+#[derive(Clone, Copy)]
+pub struct Query {
+    /// Where its `D` numbers begin in `q`.
+    pub q: usize,
+    /// Where its result begins in `o`.
+    pub o: usize,
+    /// Rows of the strip that it sees.
+    pub n_strip: usize,
+}
+
+/// Attention of the queries `queries(0) .. queries(n)` of one KV head: `D` numbers of `o` each, from `D` numbers of `q`.
+///
+/// `scratch` has at least [`HeadShape::scratch_len`] numbers. Each query sees at least one row.
+#[track_caller]
+pub fn attend(head: &Head<'_>, q: &[f32], n: usize, queries: impl Fn(usize) -> Query, o: &mut [f32], scratch: &mut [f32]) {
+    let shape = head.shape;
+    assert!(
+        head.keys.len() == shape.key_len() && head.values.len() == shape.value_len() && head.n_slots <= shape.top_k,
+        "cached_attention: {} keys, {} values and {} slots for {shape:?}",
+        head.keys.len(),
+        head.values.len(),
+        head.n_slots
+    );
+    assert!(head.bias.is_none_or(|bias| bias.len() == head.n_slots), "cached_attention: biases of {} slots", head.n_slots);
+    let scratch = &mut scratch[..shape.scratch_len()];
+    let scale = 1.0 / (shape.head_dim as f32).sqrt();
+    let mut first = 0;
+    while first < n {
+        let count = (n - first).min(tile::QUERIES);
+        let mut set = [Query { q: 0, o: 0, n_strip: 0 }; tile::QUERIES];
+        let mut seen = 0;
+        for (i, query) in set[..count].iter_mut().enumerate() {
+            *query = queries(first + i);
+            assert!(
+                query.n_strip <= shape.strip && query.n_strip + head.n_slots > 0,
+                "cached_attention: a query that sees {} of {} rows of the strip and {} slots",
+                query.n_strip,
+                shape.strip,
+                head.n_slots
+            );
+            assert!(
+                query.q + shape.head_dim <= q.len() && query.o + shape.head_dim <= o.len(),
+                "cached_attention: a query at {} of {}, its result at {} of {}",
+                query.q,
+                q.len(),
+                query.o,
+                o.len()
+            );
+            seen = seen.max(query.n_strip);
+        }
+        let set = &set[..count];
+        // The chunks of rows that any of these queries sees: those of the slots, then those of the strip.
+        let slots = head.n_slots.div_ceil(ROWS);
+        let chunks = slots + seen.div_ceil(ROWS);
+        let stride = chunks * ROWS;
+        // SAFETY: sizes are checked above; `scratch` has room for `count` rows of at most `rows` numbers.
+        unsafe { tile::logits(head, q.as_ptr(), set, slots, chunks, scratch.as_mut_ptr()) };
+        let mut inverse_sums = [0.0; tile::QUERIES];
+        for (i, query) in set.iter().enumerate() {
+            let z = &mut scratch[i * stride..(i + 1) * stride];
+            vector_math::scale(&mut z[..], scale);
+            if let Some(bias) = head.bias {
+                vector_math::add_assign(&mut z[..head.n_slots], bias);
+            }
+            z[head.n_slots..slots * ROWS].fill(f32::NEG_INFINITY);
+            z[slots * ROWS + query.n_strip..].fill(f32::NEG_INFINITY);
+            let largest = vector_math::max(z);
+            inverse_sums[i] = 1.0 / vector_math::exp_in_place(z, largest);
+        }
+        // SAFETY: as above.
+        unsafe { tile::outputs(head, scratch.as_ptr(), set, slots, chunks, &inverse_sums, o.as_mut_ptr()) };
+        first += count;
+    }
+}
+
+/// Write a key and a value `[D]` as row `row` of a head's cache.
+#[track_caller]
+pub fn write_row(shape: HeadShape, keys: &mut [u16], values: &mut [u16], row: usize, key: &[f32], value: &[f32]) {
+    assert!(row < shape.rows() && key.len() == shape.head_dim && value.len() == shape.head_dim, "cached_attention: row {row} of {shape:?}");
+    for (d, k) in key.iter().enumerate() {
+        keys[d * shape.rows() + row] = f16::from_f32(*k).to_bits();
+    }
+    let target: &mut [f16] = bytemuck::cast_slice_mut(&mut values[row * shape.value_width()..][..shape.head_dim]);
+    target.convert_from_f32_slice(value);
+}
+
+/// Copy row `from` to row `to` of a head's cache.
+pub fn copy_row(shape: HeadShape, keys: &mut [u16], values: &mut [u16], from: usize, to: usize) {
+    let (rows, width) = (shape.rows(), shape.value_width());
+    for keys in keys.chunks_exact_mut(rows) {
+        keys[to] = keys[from];
+    }
+    values.copy_within(from * width..(from + 1) * width, to * width);
+}
+
+/// Move the `len` rows of the strip from its row `n` on to its front.
+pub fn shift_strip(shape: HeadShape, keys: &mut [u16], values: &mut [u16], n: usize, len: usize) {
+    let (rows, width, start) = (shape.rows(), shape.value_width(), shape.strip_row());
+    for keys in keys.chunks_exact_mut(rows) {
+        keys.copy_within(start + n..start + n + len, start);
+    }
+    values.copy_within((start + n) * width..(start + n + len) * width, start * width);
+}
