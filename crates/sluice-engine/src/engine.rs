@@ -10,9 +10,9 @@ use sluice_spec::{ModelConfig, RoutingConfig};
 
 use crate::artifact::{Artifact, ArtifactError};
 use crate::forward::{self, Scratch};
-use crate::rope_frequencies::inverse_frequencies;
 use crate::sequence::Sequence;
 use crate::weights::Weights;
+use sluice_spec::rope_frequencies::inverse_frequencies;
 
 /// Choices that change speed and memory, and no number (but see [`sluice_kernels::cached_attention`]).
 #[derive(Clone, Copy, Debug)]

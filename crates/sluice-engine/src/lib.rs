@@ -8,7 +8,6 @@ pub mod sequence;
 
 mod forward;
 mod layer_cache;
-mod rope_frequencies;
 mod weights;
 
 pub use artifact::{Artifact, ArtifactBuilder, ArtifactError};

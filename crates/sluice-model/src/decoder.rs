@@ -12,7 +12,7 @@ use crate::cache::Cache;
 use crate::checkpoint::{Checkpoint, GateTensors, Gates};
 use crate::layer::{Attention, Gate, Layer, LayerOutput, LayerShape, Linear, Mlp};
 use crate::policy::{AttentionPlan, mix, uniform};
-use crate::rope_frequencies::inverse_frequencies;
+use sluice_spec::rope_frequencies::inverse_frequencies;
 
 /// A decoder with its weights. Layers are shared so that checkpointed segments can hold on to them.
 #[derive(Clone)]

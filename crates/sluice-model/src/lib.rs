@@ -9,7 +9,6 @@ pub mod policy;
 pub mod cache;
 pub mod checkpoint;
 pub mod cost;
-mod rope_frequencies;
 pub mod train_memory;
 
 pub use cache::Cache;

@@ -3,6 +3,7 @@
 
 pub mod artifact;
 pub mod model;
+pub mod rope_frequencies;
 pub mod routing;
 pub mod tensor_names;
 pub mod tokenizer;

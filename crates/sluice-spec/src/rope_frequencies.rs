@@ -2,10 +2,10 @@
 
 use std::f32::consts::TAU;
 
-use sluice_spec::{ModelConfig, RopeScaling};
+use crate::{ModelConfig, RopeScaling};
 
 /// `[D / 2]` radians per position. Computed in f64: at position 100,000 an f32 power already drifts.
-pub(crate) fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
+pub fn inverse_frequencies(config: &ModelConfig) -> Vec<f32> {
     let d = config.head_dim;
     (0..d / 2)
         .map(|i| {
