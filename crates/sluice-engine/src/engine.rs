@@ -1,5 +1,5 @@
 //! The engine: an artifact ready to compute, with its threads and all scratch. Sequences are separate values; one engine
-//! continues any number of them, one at a time.
+//! continues any number of them, one at a time or several in one pass.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,7 +9,7 @@ use sluice_kernels::worker_team::WorkerTeam;
 use sluice_spec::{ModelConfig, RoutingConfig};
 
 use crate::artifact::{Artifact, ArtifactError};
-use crate::forward::{self, Scratch};
+use crate::forward::{self, Part, Scratch};
 use crate::sequence::Sequence;
 use crate::weights::Weights;
 use sluice_spec::rope_frequencies::inverse_frequencies;
@@ -19,8 +19,10 @@ use sluice_spec::rope_frequencies::inverse_frequencies;
 pub struct Options {
     /// Threads to compute with.
     pub threads: usize,
-    /// Prompt tokens that go through the model at once; scratch grows with it.
+    /// Tokens that go through the model at once; scratch grows with it.
     pub chunk: usize,
+    /// Sequences whose next token can be chosen after one pass; scratch for logits grows with it.
+    pub sequences: usize,
     /// Inner loops of the int8 products.
     pub instructions: InstructionSet,
     /// Another budget than the artifact's.
@@ -30,7 +32,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Self { threads, chunk: 256, instructions: InstructionSet::best(), routing: None }
+        Self { threads, chunk: 256, sequences: 1, instructions: InstructionSet::best(), routing: None }
     }
 }
 
@@ -53,6 +55,18 @@ pub enum EngineError {
     /// Options that contradict the machine or each other.
     #[error("{0}")]
     Options(String),
+    /// More than the engine has room for, see [`Options`].
+    #[error("a pass over {tokens} tokens, {logits} of them with logits; expected at most {chunk} and {sequences}")]
+    Room {
+        /// Tokens of the pass.
+        tokens: usize,
+        /// Logits wanted.
+        logits: usize,
+        /// Room for tokens.
+        chunk: usize,
+        /// Room for logits.
+        sequences: usize,
+    },
     /// A sequence of another engine.
     #[error("the sequence was made for another model or routing")]
     Sequence,
@@ -77,9 +91,10 @@ impl Engine {
 
     /// Make an artifact ready: starts the threads and allocates every buffer that computing needs.
     pub fn new(artifact: Artifact, options: Options) -> Result<Self, EngineError> {
-        let Options { threads, chunk, instructions, routing } = options;
-        if threads == 0 || chunk == 0 {
-            return Err(EngineError::Options(format!("{threads} threads and chunks of {chunk} tokens; expected at least 1 of each")));
+        let Options { threads, chunk, sequences, instructions, routing } = options;
+        if threads == 0 || chunk == 0 || sequences == 0 {
+            let found = format!("{threads} threads, chunks of {chunk} tokens and {sequences} sequences");
+            return Err(EngineError::Options(format!("{found}; expected at least 1 of each")));
         }
         if !instructions.is_available() {
             return Err(EngineError::Options(format!("this machine has no {}", instructions.name())));
@@ -93,7 +108,7 @@ impl Engine {
         Ok(Self {
             weights: Weights::of(&artifact),
             inv_freq: inverse_frequencies(model),
-            scratch: Scratch::new(model, &routing, artifact.manifest.group, instructions.form(), chunk),
+            scratch: Scratch::new(model, &routing, artifact.manifest.group, instructions.form(), chunk, sequences),
             team: WorkerTeam::new(threads),
             routing,
             instructions,
@@ -174,10 +189,47 @@ impl Engine {
         self.check(sequence, tokens)?;
         let mut last = 0;
         for chunk in tokens.chunks(self.scratch.chunk()) {
-            forward::run(self, sequence, chunk);
+            forward::run(self, &mut [Part { sequence, tokens: chunk, wants_logits: true }]);
             last = chunk.len() - 1;
         }
-        Ok(forward::logits(self, last))
+        Ok(forward::logits(self, std::iter::once(last)))
+    }
+
+    /// One pass over tokens of several sequences, prompts and single tokens mixed; returns the logits `[wanted, V]`
+    /// after the last token of each part that wants them, in order.
+    ///
+    /// A sequence gets the bits that [`Self::extend`] would give it alone. Nothing is allocated. On an error all
+    /// sequences are as they were. Panics for a part without tokens.
+    #[track_caller]
+    pub fn step(&mut self, parts: &mut [Part<'_>]) -> Result<&[f32], EngineError> {
+        let (mut tokens, mut logits) = (0, 0);
+        for part in &*parts {
+            assert!(!part.tokens.is_empty(), "step: a part without tokens");
+            self.check(part.sequence, part.tokens)?;
+            tokens += part.tokens.len();
+            logits += usize::from(part.wants_logits);
+        }
+        let (chunk, sequences) = (self.chunk(), self.scratch.sequences());
+        if tokens > chunk || logits > sequences {
+            return Err(EngineError::Room { tokens, logits, chunk, sequences });
+        }
+        forward::run(self, parts);
+        let mut row = 0;
+        let last_rows = parts.iter().filter_map(|part| {
+            row += part.tokens.len();
+            part.wants_logits.then_some(row - 1)
+        });
+        Ok(forward::logits(self, last_rows))
+    }
+
+    /// Tokens that fit into one pass.
+    pub fn chunk(&self) -> usize {
+        self.scratch.chunk()
+    }
+
+    /// Sequences whose logits fit into one pass.
+    pub fn sequences(&self) -> usize {
+        self.scratch.sequences()
     }
 
     /// As [`Self::extend`], but hands out the logits after every token: `each(i, logits [V])`.
@@ -190,9 +242,9 @@ impl Engine {
         self.check(sequence, tokens)?;
         let mut done = 0;
         for chunk in tokens.chunks(self.scratch.chunk()) {
-            forward::run(self, sequence, chunk);
+            forward::run(self, &mut [Part { sequence, tokens: chunk, wants_logits: true }]);
             for i in 0..chunk.len() {
-                each(done + i, forward::logits(self, i));
+                each(done + i, forward::logits(self, std::iter::once(i)));
             }
             done += chunk.len();
         }

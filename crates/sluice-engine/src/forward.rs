@@ -1,4 +1,5 @@
-//! The forward pass over one chunk of tokens, a prompt's or a single one. One straight line; every buffer exists before.
+//! The forward pass over one chunk of tokens: of a prompt, a single one, or some of several sequences. Everything but
+//! attention sees the chunk as rows and does not ask whose they are. One straight line; every buffer exists before.
 
 use sluice_kernels::cached_attention::{self, Query};
 use sluice_kernels::int8_linear::{Form, PackedMatrix, QuantisedRows, linear};
@@ -13,6 +14,19 @@ use crate::sequence::Sequence;
 
 /// Tokens of a job where the work of a token is small.
 const TOKENS_PER_JOB: usize = 8;
+
+/// Sequences with one token each whose attention is one call to the team.
+const SINGLES_PER_CALL: usize = 16;
+
+/// One sequence's share of a chunk.
+pub struct Part<'a> {
+    /// The sequence.
+    pub sequence: &'a mut Sequence,
+    /// What it is continued by, at least one token.
+    pub tokens: &'a [u32],
+    /// Whether the logits after the last of them are wanted.
+    pub wants_logits: bool,
+}
 
 /// Buffers of the forward pass. `C` is the chunk, `E = (H + 2 G) D`.
 pub(crate) struct Scratch {
@@ -30,6 +44,8 @@ pub(crate) struct Scratch {
     gate_up: Vec<f32>,
     /// `[C, Gs]`.
     scores: Vec<f32>,
+    /// `[C]`.
+    positions: Vec<u32>,
     /// `[C, D / 2]`.
     cos: Vec<f32>,
     sin: Vec<f32>,
@@ -42,20 +58,21 @@ pub(crate) struct Scratch {
     x_int8: QuantisedRows,
     o_int8: QuantisedRows,
     gated_int8: QuantisedRows,
-    /// `[V]`.
+    /// `[sequences, V]`.
     logits: Vec<f32>,
     last_int8: QuantisedRows,
     chunk: usize,
 }
 
 impl Scratch {
-    pub(crate) fn new(model: &ModelConfig, routing: &RoutingConfig, group: usize, form: Form, chunk: usize) -> Self {
+    pub(crate) fn new(model: &ModelConfig, routing: &RoutingConfig, group: usize, form: Form, chunk: usize, sequences: usize) -> Self {
         let (m, f, d) = (model.d_model, model.d_ff, model.head_dim);
         let (q, kv) = (model.n_heads * d, model.n_kv_heads * d);
         let shape = LayerCache::shape_of(model, routing);
         let piece = chunk.min(routing.route_every);
-        // A decode step has a job per KV head, a piece of a prompt one per few tokens.
-        let jobs = model.n_kv_heads.max(piece.div_ceil(TOKENS_PER_JOB));
+        // Single tokens have a job per KV head, a piece of a prompt one per few tokens.
+        let singles = model.n_kv_heads * sequences.min(chunk).min(SINGLES_PER_CALL);
+        let jobs = singles.max(piece.div_ceil(TOKENS_PER_JOB));
         Self {
             h: vec![0.0; chunk * m],
             x: vec![0.0; chunk * m],
@@ -64,6 +81,7 @@ impl Scratch {
             o: vec![0.0; chunk * q],
             gate_up: vec![0.0; chunk * 2 * f],
             scores: vec![0.0; chunk * gate_heads(model, routing)],
+            positions: vec![0; chunk],
             cos: vec![0.0; chunk * d / 2],
             sin: vec![0.0; chunk * d / 2],
             attention: vec![0.0; jobs * shape.scratch_len()],
@@ -72,8 +90,8 @@ impl Scratch {
             x_int8: QuantisedRows::new(chunk, m, group, form),
             o_int8: QuantisedRows::new(chunk, q, group, form),
             gated_int8: QuantisedRows::new(chunk, f, group, form),
-            logits: vec![0.0; model.vocab_size],
-            last_int8: QuantisedRows::new(1, m, group, form),
+            logits: vec![0.0; sequences * model.vocab_size],
+            last_int8: QuantisedRows::new(sequences, m, group, form),
             chunk,
         }
     }
@@ -88,13 +106,20 @@ impl Scratch {
     pub(crate) fn chunk(&self) -> usize {
         self.chunk
     }
+
+    /// Sequences whose logits fit.
+    pub(crate) fn sequences(&self) -> usize {
+        self.last_int8.capacity()
+    }
 }
 
-/// Continue `sequence` by at most a chunk of tokens; the final hidden states stay in the scratch.
-pub(crate) fn run(engine: &mut Engine, sequence: &mut Sequence, tokens: &[u32]) {
+/// Continue the sequences by at most a chunk of tokens in all; the final hidden states stay in the scratch, in the order
+/// of the parts.
+pub(crate) fn run(engine: &mut Engine, parts: &mut [Part<'_>]) {
     let Engine { artifact, weights, routing, instructions, inv_freq, team, scratch: s } = engine;
     let model = &artifact.manifest.model;
-    let (n, start, set) = (tokens.len(), sequence.position, *instructions);
+    let n = parts.iter().map(|part| part.tokens.len()).sum::<usize>();
+    let set = *instructions;
     let (m, f, d, eps) = (model.d_model, model.d_ff, model.head_dim, model.norm_eps);
     let (q_len, kv_len) = (model.n_heads * d, model.n_kv_heads * d);
     let e = q_len + 2 * kv_len;
@@ -104,15 +129,23 @@ pub(crate) fn run(engine: &mut Engine, sequence: &mut Sequence, tokens: &[u32]) 
     let (gate_up, gated, scores) = (&mut s.gate_up[..n * 2 * f], &mut s.gated[..n * f], &mut s.scores[..n * gs]);
 
     let embed = artifact.matrix(weights.embed);
-    tokens.iter().zip(h.chunks_exact_mut(m)).for_each(|(&token, h)| embed.dequantise_row(token as usize, h));
-    let half = d / 2;
-    for t in 0..n {
-        let angles = t * half..(t + 1) * half;
-        rope::position_angles((start + t) as u32, inv_freq, &mut s.cos[angles.clone()], &mut s.sin[angles]);
+    let positions = &mut s.positions[..n]; // [T]
+    let mut row = 0;
+    for part in &*parts {
+        for (i, &token) in part.tokens.iter().enumerate() {
+            embed.dequantise_row(token as usize, &mut h[row * m..(row + 1) * m]);
+            positions[row] = (part.sequence.position + i) as u32;
+            row += 1;
+        }
     }
-    let (cos, sin) = (&s.cos, &s.sin);
+    let half = d / 2;
+    for (t, &position) in positions.iter().enumerate() {
+        let angles = t * half..(t + 1) * half;
+        rope::position_angles(position, inv_freq, &mut s.cos[angles.clone()], &mut s.sin[angles]);
+    }
+    let (cos, sin, positions) = (&s.cos, &s.sin, &*positions);
 
-    for (layer, cache) in weights.layers.iter().zip(&mut sequence.layers) {
+    for (l, layer) in weights.layers.iter().enumerate() {
         // Norm, gate, projections.
         let norm = artifact.floats(layer.input_norm);
         let gate = layer.gate.as_ref().map(|g| (artifact.floats(g.weight), artifact.floats(g.bias), artifact.floats(g.recency)));
@@ -121,7 +154,7 @@ pub(crate) fn run(engine: &mut Engine, sequence: &mut Sequence, tokens: &[u32]) 
                 let t = job * TOKENS_PER_JOB + i;
                 rms_norm::row(&h[t * m..(t + 1) * m], norm, eps, x);
                 match gate {
-                    Some((weight, bias, recency)) => gate_score::token(x, weight, bias, recency, (start + t) as u32, eps, scores),
+                    Some((weight, bias, recency)) => gate_score::token(x, weight, bias, recency, positions[t], eps, scores),
                     None => scores.fill(0.0),
                 }
             }
@@ -143,22 +176,24 @@ pub(crate) fn run(engine: &mut Engine, sequence: &mut Sequence, tokens: &[u32]) 
             }
         });
 
-        // Attention, block by block: the router decides where one begins.
-        let mut done = 0;
-        while done < n {
-            let position = start + done;
-            let r = routing.route_every;
-            let piece = (r - position % r).min(n - done);
-            if position.is_multiple_of(r) {
-                cache.begin_block(position);
+        // Attention, sequence by sequence; single tokens of several sequences together.
+        let (mut first, mut row) = (0, 0);
+        while first < parts.len() {
+            let singles = parts[first..].iter().take_while(|part| part.tokens.len() == 1).count().min(SINGLES_PER_CALL);
+            let count = singles.max(1);
+            let parts = &mut parts[first..first + count];
+            let rows = if singles > 0 { singles } else { parts[0].tokens.len() };
+            let rows = row..row + rows;
+            let (qkv, scores) = (&qkv[rows.start * e..rows.end * e], &scores[rows.start * gs..rows.end * gs]);
+            let o = &mut o[rows.start * q_len..rows.end * q_len];
+            let mut room = Room { team: &mut *team, scratch: &mut s.attention, len: s.attention_len };
+            if singles > 0 {
+                attend_singles(&mut room, model, routing, l, parts, qkv, scores, o);
+            } else {
+                let cache = &mut parts[0].sequence.layers[l];
+                attend_prompt(&mut room, model, routing, cache, positions[rows.start] as usize, qkv, scores, o);
             }
-            let qkv = &qkv[done * e..(done + piece) * e];
-            for (qkv, scores) in qkv.chunks_exact(e).zip(scores[done * gs..].chunks_exact(gs)) {
-                cache.append(&qkv[q_len..q_len + kv_len], &qkv[q_len + kv_len..], scores);
-            }
-            let o = &mut o[done * q_len..(done + piece) * q_len];
-            attend(team, model, cache, position, qkv, o, &mut s.attention, s.attention_len);
-            done += piece;
+            (first, row) = (first + count, rows.end);
         }
         quantise(team, o, q_len, &mut s.o_int8);
         linear(team, set, artifact.matrix(layer.o), &s.o_int8, n, None, block); // [T, M]
@@ -186,54 +221,109 @@ pub(crate) fn run(engine: &mut Engine, sequence: &mut Sequence, tokens: &[u32]) 
         linear(team, set, artifact.matrix(layer.down), &s.gated_int8, n, None, block); // [T, M]
         add(h, block);
     }
-    sequence.position += n;
+    parts.iter_mut().for_each(|part| part.sequence.position += part.tokens.len());
 }
 
-/// Logits `[V]` of token `t` of the chunk that was run last.
-pub(crate) fn logits(engine: &mut Engine, t: usize) -> &[f32] {
+/// Logits `[rows, V]` of some rows of the chunk that was run last.
+pub(crate) fn logits(engine: &mut Engine, rows: impl Iterator<Item = usize>) -> &[f32] {
     let Engine { artifact, weights, instructions, team, scratch: s, .. } = engine;
-    let (m, eps) = (artifact.manifest.model.d_model, artifact.manifest.model.norm_eps);
-    let x = &mut s.x[..m];
-    rms_norm::row(&s.h[t * m..(t + 1) * m], artifact.floats(weights.final_norm), eps, x);
-    s.last_int8.set_row(0, x);
+    let model = &artifact.manifest.model;
+    let m = model.d_model;
+    let mut n = 0;
+    for row in rows {
+        let x = &mut s.x[..m];
+        rms_norm::row(&s.h[row * m..(row + 1) * m], artifact.floats(weights.final_norm), model.norm_eps, x);
+        s.last_int8.set_row(n, x);
+        n += 1;
+    }
     let head: PackedMatrix<'_> = artifact.matrix(weights.head);
-    linear(team, *instructions, head, &s.last_int8, 1, None, &mut s.logits);
-    &s.logits
+    let logits = &mut s.logits[..n * model.vocab_size];
+    linear(team, *instructions, head, &s.last_int8, n, None, logits);
+    logits
 }
 
-/// Attention of the queries from `position` on, all of one block: `o [T, H, D]` from `qkv [T, E]`.
-fn attend(
-    team: &mut WorkerTeam,
+/// Threads and scratch of attention.
+struct Room<'a> {
+    team: &'a mut WorkerTeam,
+    scratch: &'a mut [f32],
+    /// Numbers that one job needs.
+    len: usize,
+}
+
+/// Attention of one token of each of several sequences: `o [T, H, D]` from `qkv [T, E]`.
+fn attend_singles(
+    room: &mut Room<'_>,
     model: &ModelConfig,
-    cache: &LayerCache,
-    position: usize,
+    routing: &RoutingConfig,
+    layer: usize,
+    parts: &mut [Part<'_>],
     qkv: &[f32],
+    scores: &[f32],
     o: &mut [f32],
-    scratch: &mut [f32],
-    scratch_len: usize,
 ) {
     let (d, group, g) = (model.head_dim, model.group_size(), model.n_kv_heads);
-    let q_len = model.n_heads * d;
-    let e = q_len + 2 * g * d;
-    if qkv.len() == e {
-        // One token: a job for each KV head.
-        team.for_each_chunk_pair((o, group * d), (scratch, scratch_len), |head, o, scratch| {
-            let query = |i: usize| Query { q: (head * group + i) * d, o: i * d, n_strip: cache.seen_by(position) };
-            cached_attention::attend(&cache.head(head), qkv, group, query, o, scratch);
-        });
-        return;
-    }
-    team.for_each_chunk_pair((o, TOKENS_PER_JOB * q_len), (scratch, scratch_len), |job, o, scratch| {
-        let n = o.len() / q_len;
-        let first = job * TOKENS_PER_JOB;
-        for head in 0..g {
-            let query = |i: usize| {
-                let (t, own) = (i / group, (head * group + i % group) * d);
-                Query { q: (first + t) * e + own, o: t * q_len + own, n_strip: cache.seen_by(position + first + t) }
-            };
-            cached_attention::attend(&cache.head(head), qkv, n * group, query, o, scratch);
+    let (q_len, kv_len) = (model.n_heads * d, g * d);
+    let (e, gs) = (q_len + 2 * kv_len, scores.len() / parts.len());
+    room.team.for_each_chunk(&mut *parts, 1, |i, part| {
+        let position = part[0].sequence.position;
+        let cache = &mut part[0].sequence.layers[layer];
+        if position.is_multiple_of(routing.route_every) {
+            cache.begin_block(position);
         }
+        let kv = &qkv[i * e + q_len..(i + 1) * e];
+        cache.append(&kv[..kv_len], &kv[kv_len..], &scores[i * gs..(i + 1) * gs]);
     });
+    let parts = &*parts;
+    room.team.for_each_chunk_pair((o, group * d), (&mut *room.scratch, room.len), |job, o, scratch| {
+        let (i, head) = (job / g, job % g);
+        let cache = &parts[i].sequence.layers[layer];
+        let n_strip = cache.seen_by(parts[i].sequence.position);
+        let query = |j: usize| Query { q: i * e + (head * group + j) * d, o: j * d, n_strip };
+        cached_attention::attend(&cache.head(head), qkv, group, query, o, scratch);
+    });
+}
+
+/// Attention of several tokens of one sequence, block by block: the router decides where one begins.
+fn attend_prompt(
+    room: &mut Room<'_>,
+    model: &ModelConfig,
+    routing: &RoutingConfig,
+    cache: &mut LayerCache,
+    start: usize,
+    qkv: &[f32],
+    scores: &[f32],
+    o: &mut [f32],
+) {
+    let (d, group, g, r) = (model.head_dim, model.group_size(), model.n_kv_heads, routing.route_every);
+    let (q_len, kv_len) = (model.n_heads * d, g * d);
+    let e = q_len + 2 * kv_len;
+    let n = qkv.len() / e;
+    let gs = scores.len() / n;
+    let mut done = 0;
+    while done < n {
+        let position = start + done;
+        let piece = (r - position % r).min(n - done);
+        if position.is_multiple_of(r) {
+            cache.begin_block(position);
+        }
+        let qkv = &qkv[done * e..(done + piece) * e];
+        for (qkv, scores) in qkv.chunks_exact(e).zip(scores[done * gs..].chunks_exact(gs)) {
+            cache.append(&qkv[q_len..q_len + kv_len], &qkv[q_len + kv_len..], scores);
+        }
+        let (o, cache) = (&mut o[done * q_len..(done + piece) * q_len], &*cache);
+        room.team.for_each_chunk_pair((o, TOKENS_PER_JOB * q_len), (&mut *room.scratch, room.len), |job, o, scratch| {
+            let n = o.len() / q_len;
+            let first = job * TOKENS_PER_JOB;
+            for head in 0..g {
+                let query = |i: usize| {
+                    let (t, own) = (i / group, (head * group + i % group) * d);
+                    Query { q: (first + t) * e + own, o: t * q_len + own, n_strip: cache.seen_by(position + first + t) }
+                };
+                cached_attention::attend(&cache.head(head), qkv, n * group, query, o, scratch);
+            }
+        });
+        done += piece;
+    }
 }
 
 /// Int8 form of `x [T, width]`.

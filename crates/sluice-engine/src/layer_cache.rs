@@ -61,6 +61,38 @@ impl LayerCache {
         }
     }
 
+    /// Where the strip begins after `position` tokens: at the first key that the last block's queries see locally.
+    pub(crate) fn strip_start_at(&self, position: usize) -> usize {
+        let r = self.routing.route_every;
+        let block = position.saturating_sub(1) / r * r;
+        (block + 1).saturating_sub(self.routing.window)
+    }
+
+    /// Forget everything; the room stays.
+    pub(crate) fn clear(&mut self) {
+        // What remains in free rows is finite, which is all that attention asks of them.
+        (self.n_slots, self.strip_start, self.strip_len, self.admissions) = (0, 0, 0, 0);
+        self.worst.fill(0);
+    }
+
+    /// Become `other`, a cache of the same shape, without allocating.
+    pub(crate) fn copy_from(&mut self, other: &Self) {
+        self.keys.copy_from_slice(&other.keys);
+        self.values.copy_from_slice(&other.values);
+        self.slot_positions.copy_from_slice(&other.slot_positions);
+        self.slot_scores.copy_from_slice(&other.slot_scores);
+        self.worst.copy_from_slice(&other.worst);
+        self.bias.copy_from_slice(&other.bias);
+        self.strip_scores.copy_from_slice(&other.strip_scores);
+        (self.n_slots, self.strip_start, self.strip_len) = (other.n_slots, other.strip_start, other.strip_len);
+        self.admissions = other.admissions;
+    }
+
+    /// Keys of one head that were offered to the slots and are gone.
+    pub(crate) fn evicted(&self) -> usize {
+        self.strip_start - self.n_slots
+    }
+
     /// Sizes of a head's cache.
     pub(crate) fn shape_of(model: &ModelConfig, routing: &RoutingConfig) -> HeadShape {
         HeadShape { head_dim: model.head_dim, top_k: routing.top_k, strip: routing.window + routing.route_every - 1 }
@@ -181,6 +213,12 @@ impl LayerCache {
     /// Rows of the strip that a query at `position` sees.
     pub(crate) fn seen_by(&self, position: usize) -> usize {
         position + 1 - self.strip_start
+    }
+
+    /// Positions that any head holds, in no order, some of them more than once.
+    pub(crate) fn held_positions(&self) -> impl Iterator<Item = usize> + '_ {
+        let slots = self.slot_positions.chunks(self.shape.top_k.max(1)).flat_map(|head| &head[..self.n_slots]);
+        slots.map(|&position| position as usize).chain(self.strip_start..self.strip_start + self.strip_len)
     }
 
     /// Positions that a head holds, ascending.

@@ -12,6 +12,7 @@ mod weights;
 
 pub use artifact::{Artifact, ArtifactBuilder, ArtifactError};
 pub use engine::{Engine, EngineError, Options};
+pub use forward::Part;
 pub use sampling::{Sampler, SamplingConfig};
 pub use sequence::{Sequence, SnapshotError};
 

@@ -36,6 +36,20 @@ impl Sequence {
         self.routing == *routing && self.model == *model
     }
 
+    /// Forget everything; the room stays.
+    pub fn clear(&mut self) {
+        self.position = 0;
+        self.layers.iter_mut().for_each(LayerCache::clear);
+    }
+
+    /// Become a copy of `other` without allocating. Panics for a sequence of another model or routing.
+    #[track_caller]
+    pub fn copy_from(&mut self, other: &Self) {
+        assert!(self.fits(&other.model, &other.routing), "a copy of a sequence of another model or routing");
+        self.position = other.position;
+        self.layers.iter_mut().zip(&other.layers).for_each(|(own, other)| own.copy_from(other));
+    }
+
     /// Tokens seen so far.
     pub fn position(&self) -> usize {
         self.position
@@ -49,6 +63,26 @@ impl Sequence {
     /// Keys admitted to slots so far, over all layers and KV heads.
     pub fn admissions(&self) -> u64 {
         self.layers.iter().map(|layer| layer.admissions).sum()
+    }
+
+    /// Keys that no longer can be attended to, over all layers and KV heads.
+    pub fn evictions(&self) -> u64 {
+        self.layers.iter().map(|layer| (layer.evicted() * self.model.n_kv_heads) as u64).sum()
+    }
+
+    /// For each of the first `n` positions: in how many layers some KV head still holds its key.
+    pub fn layers_keeping(&self, n: usize) -> Vec<u16> {
+        let mut layers = vec![0; n];
+        let mut seen = vec![usize::MAX; n];
+        for (l, layer) in self.layers.iter().enumerate() {
+            for position in layer.held_positions().filter(|&position| position < n) {
+                if seen[position] != l {
+                    seen[position] = l;
+                    layers[position] += 1;
+                }
+            }
+        }
+        layers
     }
 
     /// Positions that a layer's KV head holds, ascending.
@@ -100,29 +134,37 @@ impl Sequence {
         }
         let mut fresh = Self::new(&self.model, &self.routing);
         fresh.position = reader.u64()? as usize;
+        if fresh.position >= u32::MAX as usize {
+            return Err(wrong("a text of more than 4 billion tokens", "a shorter one"));
+        }
         for layer in &mut fresh.layers {
             let shape = layer.shape;
             [layer.n_slots, layer.strip_start, layer.strip_len] = [reader.u64()? as usize, reader.u64()? as usize, reader.u64()? as usize];
             layer.admissions = reader.u64()?;
-            let complete = layer.n_slots <= shape.top_k
-                && layer.strip_len <= shape.strip
-                && layer.strip_start.checked_add(layer.strip_len) == Some(fresh.position);
+            // A digest proves no good will: everything that later arithmetic relies on is checked.
+            let strip_start = layer.strip_start_at(fresh.position);
+            let complete = layer.strip_start == strip_start
+                && layer.n_slots == shape.top_k.min(strip_start)
+                && layer.strip_len == fresh.position - strip_start;
             if !complete {
                 return Err(wrong("counts that contradict each other", "those of the budget"));
             }
             for head in 0..self.model.n_kv_heads {
                 for slot in head * shape.top_k..head * shape.top_k + layer.n_slots {
                     layer.slot_positions[slot] = reader.u32()?;
+                    if layer.slot_positions[slot] as usize >= layer.strip_start {
+                        return Err(wrong("a kept key that has not left the window", "an older one"));
+                    }
                 }
                 for slot in head * shape.top_k..head * shape.top_k + layer.n_slots {
                     layer.slot_scores[slot] = f32::from_bits(reader.u32()?);
                 }
                 for row in used_rows(layer) {
                     for d in 0..shape.head_dim {
-                        layer.keys[head * shape.key_len() + d * shape.rows() + row] = reader.u16()?;
+                        layer.keys[head * shape.key_len() + d * shape.rows() + row] = reader.half()?;
                     }
                     for d in 0..shape.head_dim {
-                        layer.values[head * shape.value_len() + row * shape.value_width() + d] = reader.u16()?;
+                        layer.values[head * shape.value_len() + row * shape.value_width() + d] = reader.half()?;
                     }
                 }
             }
@@ -176,7 +218,12 @@ impl<'a> Reader<'a> {
         Ok(u32::from_le_bytes(self.array()?))
     }
 
-    fn u16(&mut self) -> Result<u16, SnapshotError> {
-        Ok(u16::from_le_bytes(self.array()?))
+    /// Bits of an f16. What is not finite would reach other keys through `0 * inf`.
+    fn half(&mut self) -> Result<u16, SnapshotError> {
+        let bits = u16::from_le_bytes(self.array()?);
+        if bits & 0x7c00 == 0x7c00 {
+            return Err(SnapshotError { found: "a key or value that is not finite".into(), expected: "numbers".into() });
+        }
+        Ok(bits)
     }
 }

@@ -2,9 +2,10 @@
 
 mod support;
 
-use sluice_engine::{Engine, EngineError, Options};
+use sluice_engine::{Engine, EngineError, Options, Part, Sequence};
 use sluice_kernels::int8_linear::InstructionSet;
 use sluice_spec::{Architecture, RoutingConfig};
+use sluice_testkit::Rng;
 use support::{artifact, model, routing, tokens};
 
 const ARCHITECTURES: [Architecture; 3] = [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3];
@@ -52,6 +53,112 @@ fn every_instruction_set_gives_the_same_logits() {
     for instructions in InstructionSet::ALL.into_iter().filter(|set| set.is_available()) {
         let got = all_logits(&mut engine(Architecture::Qwen2, Options { instructions, ..options(2, 16) }), &tokens);
         assert_eq!(got, want, "{}", instructions.name());
+    }
+}
+
+/// Cuts `tokens[..n]` into pieces of 1 to `longest`, seeded.
+fn pieces(n: usize, longest: usize, rng: &mut Rng) -> Vec<usize> {
+    let mut pieces = Vec::new();
+    let mut left = n;
+    while left > 0 {
+        // Half of them single, as in decoding.
+        let piece = if rng.below(2) == 0 { 1 } else { (1 + rng.below(longest)).min(left) };
+        pieces.push(piece);
+        left -= piece;
+    }
+    pieces
+}
+
+#[test]
+fn a_sequence_in_a_batch_has_the_bits_that_it_has_alone() {
+    let text = tokens(300);
+    for architecture in ARCHITECTURES {
+        // Each sequence reads the text from another place, so that a row of the wrong one is seen.
+        let want: Vec<Vec<Vec<f32>>> =
+            (0..20).map(|i| all_logits(&mut engine(architecture, options(1, 64)), &text[i..i + 40 + 2 * i])).collect();
+        for (threads, chunk, sequences) in [(1, 64, 3), (2, 40, 7), (3, 64, 20), (2, 17, 17)] {
+            let mut engine = engine(architecture, Options { sequences, ..options(threads, chunk) });
+            let mut rng = Rng::new(threads as u64 + 10 * sequences as u64);
+            let mut states: Vec<Sequence> = (0..sequences).map(|_| engine.new_sequence()).collect();
+            let mut plans: Vec<Vec<usize>> = (0..sequences).map(|i| pieces(40 + 2 * i, 12, &mut rng)).collect();
+            let mut checked = 0;
+            while plans.iter().any(|plan| !plan.is_empty()) {
+                let mut left = chunk;
+                let mut members = Vec::new();
+                let mut parts = Vec::new();
+                for (i, state) in states.iter_mut().enumerate() {
+                    // Some sit out a pass.
+                    let Some(&piece) = plans[i].last().filter(|&&piece| piece <= left && rng.below(5) > 0) else { continue };
+                    plans[i].pop();
+                    left -= piece;
+                    let at = state.position();
+                    parts.push(Part { sequence: state, tokens: &text[i + at..i + at + piece], wants_logits: rng.below(4) > 0 });
+                    members.push((i, at + piece));
+                }
+                let wanted: Vec<bool> = parts.iter().map(|part| part.wants_logits).collect();
+                let logits = engine.step(&mut parts).unwrap().to_vec();
+                let mut rows = logits.chunks_exact(101);
+                for ((i, n), _) in members.iter().zip(wanted).filter(|(_, wanted)| *wanted) {
+                    assert_eq!(rows.next().unwrap(), want[*i][n - 1], "{architecture:?}, {threads} threads, sequence {i} after {n}");
+                    checked += 1;
+                }
+                assert!(rows.next().is_none());
+            }
+            assert!(checked > 10 * sequences, "only {checked} compared");
+        }
+    }
+}
+
+#[test]
+fn a_pass_beyond_the_room_is_refused_and_changes_nothing() {
+    let mut engine = engine(Architecture::Llama, Options { sequences: 2, ..options(1, 8) });
+    let mut states: Vec<Sequence> = (0..3).map(|_| engine.new_sequence()).collect();
+    let before = states[0].snapshot();
+    fn part<'a>(sequence: &'a mut Sequence, tokens: &'a [u32]) -> Part<'a> {
+        Part { sequence, tokens, wants_logits: true }
+    }
+    let text = tokens(9);
+    let [a, b, c] = &mut states[..] else { unreachable!() };
+    assert!(matches!(engine.step(&mut [part(a, &text)]), Err(EngineError::Room { tokens: 9, .. })));
+    let mut three = [part(a, &text[..1]), part(b, &text[..1]), part(c, &text[..1])];
+    assert!(matches!(engine.step(&mut three), Err(EngineError::Room { logits: 3, .. })));
+    assert!(matches!(engine.step(&mut [part(a, &[1, 500])]), Err(EngineError::Token { token: 500, .. })));
+    assert_eq!(a.snapshot(), before);
+}
+
+#[test]
+fn a_cleared_sequence_and_a_copy_are_like_new_ones() {
+    let text = tokens(120);
+    let mut engine = engine(Architecture::Llama, options(2, 32));
+    let want = all_logits(&mut engine, &text);
+    let (mut used, mut copy) = (engine.new_sequence(), engine.new_sequence());
+    engine.extend(&mut used, &text[30..]).unwrap();
+    engine.extend(&mut copy, &text[10..]).unwrap();
+    used.clear();
+    assert_eq!(used.snapshot(), engine.new_sequence().snapshot());
+    assert_eq!(engine.extend(&mut used, &text[..77]).unwrap(), want[76]);
+    copy.copy_from(&used);
+    assert_eq!(copy.snapshot(), used.snapshot());
+    for sequence in [&mut used, &mut copy] {
+        assert_eq!(engine.extend(sequence, &text[77..]).unwrap(), want[119]);
+    }
+}
+
+#[test]
+fn counts_of_kept_and_evicted_keys_agree_with_the_positions() {
+    let mut engine = engine(Architecture::Llama, options(1, 32));
+    let mut sequence = engine.new_sequence();
+    for piece in tokens(200).chunks(19) {
+        engine.extend(&mut sequence, piece).unwrap();
+        let n = sequence.position();
+        let kept: Vec<Vec<u32>> = (0..4).map(|i| sequence.kept_positions(i / 2, i % 2)).collect();
+        let evicted: usize = kept.iter().map(|kept| n - kept.len()).sum();
+        assert_eq!(sequence.evictions(), evicted as u64);
+        let layers = sequence.layers_keeping(n);
+        for position in 0..n {
+            let holds = |layer: usize| (0..2).any(|head| kept[2 * layer + head].contains(&(position as u32)));
+            assert_eq!(layers[position] as usize, usize::from(holds(0)) + usize::from(holds(1)), "position {position} of {n}");
+        }
     }
 }
 

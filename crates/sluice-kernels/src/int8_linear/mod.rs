@@ -237,9 +237,42 @@ impl Task<'_> {
     }
 }
 
+/// Up to so many tokens all go through one piece of the outputs: their activations still fit beside its weights in a core's cache.
+const FEW_TOKENS: usize = 32;
+
+/// A matrix whose columns several threads write.
+struct Columns<'a> {
+    start: *mut f32,
+    width: usize,
+    len: usize,
+    borrowed: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: whoever writes vouches that nobody else writes the same numbers.
+unsafe impl Sync for Columns<'_> {}
+
+impl<'a> Columns<'a> {
+    fn new(y: &'a mut [f32], width: usize) -> Self {
+        Self { start: y.as_mut_ptr(), width, len: y.len(), borrowed: std::marker::PhantomData }
+    }
+
+    /// # Safety
+    /// No other thread writes to these numbers of the row meanwhile.
+    unsafe fn write(&self, row: usize, column: usize, numbers: &[f32]) {
+        let at = row * self.width + column;
+        assert!(
+            column + numbers.len() <= self.width && at + numbers.len() <= self.len,
+            "{} outputs at {column} of row {row}",
+            numbers.len()
+        );
+        // SAFETY: the range lies inside the slice that is borrowed, and `numbers` elsewhere.
+        unsafe { std::ptr::copy_nonoverlapping(numbers.as_ptr(), self.start.add(at), numbers.len()) };
+    }
+}
+
 /// `y [T, N] = x [T, K] W^T + b` for the first `n_tokens` rows of `x`, on all threads of the team.
 ///
-/// One token is split by outputs, several are split by token. Panics when the shapes do not fit, or when the machine
+/// A few tokens are split by outputs, so that weights are read once; many are split by token. Panics when the shapes do not fit, or when the machine
 /// lacks the instructions.
 #[track_caller]
 pub fn linear(
@@ -265,6 +298,9 @@ pub fn linear(
     if let Some(bias) = bias {
         assert_eq!(bias.len(), layout.rows, "int8_linear: bias for {layout:?}");
     }
+    if n_tokens == 0 {
+        return;
+    }
     if n_tokens == 1 {
         // Four pieces a thread: whoever is disturbed does fewer.
         let tiles = layout.n_tiles().div_ceil(4 * team.n_threads()).max(1);
@@ -272,7 +308,23 @@ pub fn linear(
             let tiles = i * tiles..((i + 1) * tiles).min(layout.n_tiles());
             Task { weights, tiles, tokens: x.rows(0..1), n_tokens: 1, bias, ld: 0 }.run(instructions, y);
         });
-    } else if n_tokens > 1 {
+    } else if n_tokens <= FEW_TOKENS {
+        // As above, but a piece of outputs is a column of `y`: a tile at a time goes through a buffer.
+        let tiles = layout.n_tiles().div_ceil(4 * team.n_threads()).max(1);
+        let (tokens, columns) = (x.rows(0..n_tokens), Columns::new(y, layout.rows));
+        team.run(layout.n_tiles().div_ceil(tiles), |i| {
+            for tile in i * tiles..((i + 1) * tiles).min(layout.n_tiles()) {
+                let mut part = [0.0; FEW_TOKENS * TILE_ROWS];
+                let task = Task { weights, tiles: tile..tile + 1, tokens, n_tokens, bias, ld: TILE_ROWS };
+                task.run(instructions, &mut part);
+                let n = task.tile_rows(tile);
+                for (token, part) in part.chunks_exact(TILE_ROWS).take(n_tokens).enumerate() {
+                    // SAFETY: each tile belongs to one job, so nobody else writes these outputs.
+                    unsafe { columns.write(token, tile * TILE_ROWS, &part[..n]) };
+                }
+            }
+        });
+    } else {
         let tokens = n_tokens.div_ceil(2 * team.n_threads()).next_multiple_of(8).min(64);
         team.for_each_chunk(y, tokens * layout.rows, |i, y| {
             let first = i * tokens;

@@ -9,7 +9,7 @@ struct Case {
     bias: bool,
 }
 
-const CASES: [(usize, usize, usize, usize, bool); 9] = [
+const CASES: [(usize, usize, usize, usize, bool); 11] = [
     (1, 1, 1, 32, false),
     (1, 16, 32, 32, true),
     (1, 100, 576, 32, false),
@@ -18,6 +18,8 @@ const CASES: [(usize, usize, usize, usize, bool); 9] = [
     (5, 40, 1000, 32, true),
     (7, 33, 31, 32, true),
     (15, 96, 160, 64, false),
+    (32, 300, 64, 32, true),
+    (33, 40, 64, 32, true),
     (70, 130, 96, 32, true),
 ];
 
