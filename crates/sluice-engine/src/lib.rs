@@ -4,6 +4,7 @@
 pub mod artifact;
 pub mod engine;
 pub mod sampling;
+pub mod scheduler;
 pub mod sequence;
 
 mod forward;
@@ -14,6 +15,7 @@ pub use artifact::{Artifact, ArtifactBuilder, ArtifactError};
 pub use engine::{Engine, EngineError, Options};
 pub use forward::Part;
 pub use sampling::{Sampler, SamplingConfig};
+pub use scheduler::{Limits, Scheduler};
 pub use sequence::{Sequence, SnapshotError};
 
 #[cfg(target_endian = "big")]

@@ -13,11 +13,12 @@ pub struct SamplingConfig {
     pub top_p: f32,
     /// Leave out tokens less likely than this share of the most likely one.
     pub min_p: f32,
-    /// Logits of tokens that occurred are divided by this where positive, multiplied where negative; 1 changes nothing.
+    /// Logits of tokens that occurred, in the prompt too, are divided by this where positive, multiplied where negative; 1
+    /// changes nothing.
     pub repetition_penalty: f32,
-    /// Subtracted from the logit of every token that occurred.
+    /// Subtracted from the logit of every token that was chosen before.
     pub presence_penalty: f32,
-    /// Subtracted from a token's logit for each time that it occurred.
+    /// Subtracted from a token's logit for each time that it was chosen before.
     pub frequency_penalty: f32,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
@@ -53,9 +54,14 @@ pub struct Choice {
 /// Samples one sequence. All room is taken at the start.
 pub struct Sampler {
     config: SamplingConfig,
-    /// Times that each token occurred.
+    /// Times that each token was chosen.
     counts: Vec<u32>,
+    /// Tokens of the prompt.
+    in_prompt: Vec<bool>,
+    /// Logits of the last choice, after penalties and bias.
     logits: Vec<f32>,
+    /// Logarithm of the sum of their exponentials.
+    log_sum: f32,
     order: Vec<u32>,
     drawn: u64,
 }
@@ -63,14 +69,27 @@ pub struct Sampler {
 impl Sampler {
     /// A sampler for a vocabulary.
     pub fn new(config: SamplingConfig, vocab_size: usize) -> Self {
-        Self { config, counts: vec![0; vocab_size], logits: vec![0.0; vocab_size], order: Vec::with_capacity(vocab_size), drawn: 0 }
+        Self {
+            config,
+            counts: vec![0; vocab_size],
+            in_prompt: vec![false; vocab_size],
+            logits: vec![0.0; vocab_size],
+            log_sum: 0.0,
+            order: Vec::with_capacity(vocab_size),
+            drawn: 0,
+        }
     }
 
-    /// Note tokens of the prompt for the penalties; chosen ones are noted by themselves.
-    pub fn observe(&mut self, tokens: &[u32]) {
-        for &token in tokens {
-            if let Some(count) = self.counts.get_mut(token as usize) {
-                *count += 1;
+    /// Tokens that it chooses from.
+    pub fn vocab_size(&self) -> usize {
+        self.counts.len()
+    }
+
+    /// Note tokens of the prompt for the repetition penalty.
+    pub fn observe(&mut self, prompt: &[u32]) {
+        for &token in prompt {
+            if let Some(seen) = self.in_prompt.get_mut(token as usize) {
+                *seen = true;
             }
         }
     }
@@ -84,18 +103,41 @@ impl Sampler {
         let logits = &self.logits;
         let best = (0..logits.len()).reduce(|a, b| if logits[b] > logits[a] { b } else { a }).expect("a vocabulary is not empty");
         let largest = logits[best];
-        let log_sum = logits.iter().map(|l| (l - largest).exp()).sum::<f32>().ln() + largest;
-        let token = if self.config.temperature <= 0.0 { best as u32 } else { self.draw(largest) };
-        self.observe(&[token]);
-        Choice { token, logprob: self.logits[token as usize] - log_sum }
+        self.log_sum = logits.iter().map(|l| (l - largest).exp()).sum::<f32>().ln() + largest;
+        let token = if self.config.temperature <= 0.0 { None } else { self.draw(largest) };
+        let token = token.unwrap_or(best as u32);
+        self.counts[token as usize] += 1;
+        self.choice(token)
+    }
+
+    /// The `n` tokens that were most likely at the last choice, most likely first.
+    pub fn most_likely(&mut self, n: usize) -> Vec<Choice> {
+        let (logits, n) = (&self.logits, n.min(self.logits.len()));
+        if n == 0 {
+            return Vec::new();
+        }
+        self.order.clear();
+        self.order.extend(0..logits.len() as u32);
+        self.order.select_nth_unstable_by(n - 1, by_likelihood(logits));
+        self.order.truncate(n);
+        self.order.sort_unstable_by(by_likelihood(logits));
+        self.order.iter().map(|&token| self.choice(token)).collect()
+    }
+
+    fn choice(&self, token: u32) -> Choice {
+        Choice { token, logprob: self.logits[token as usize] - self.log_sum }
     }
 
     fn adjust(&mut self) {
         let c = &self.config;
         if c.repetition_penalty != 1.0 || c.presence_penalty != 0.0 || c.frequency_penalty != 0.0 {
-            for (logit, &count) in self.logits.iter_mut().zip(&self.counts).filter(|(_, count)| **count > 0) {
-                *logit = if *logit > 0.0 { *logit / c.repetition_penalty } else { *logit * c.repetition_penalty };
-                *logit -= c.presence_penalty + c.frequency_penalty * count as f32;
+            for ((logit, &count), &in_prompt) in self.logits.iter_mut().zip(&self.counts).zip(&self.in_prompt) {
+                if count > 0 || in_prompt {
+                    *logit = if *logit > 0.0 { *logit / c.repetition_penalty } else { *logit * c.repetition_penalty };
+                }
+                if count > 0 {
+                    *logit -= c.presence_penalty + c.frequency_penalty * count as f32;
+                }
             }
         }
         for &(token, bias) in &c.logit_bias {
@@ -105,20 +147,17 @@ impl Sampler {
         }
     }
 
-    fn draw(&mut self, largest: f32) -> u32 {
+    /// None when there is no number to go by.
+    fn draw(&mut self, largest: f32) -> Option<u32> {
         let (logits, c) = (&self.logits, &self.config);
         let weight = |token: u32| ((logits[token as usize] - largest) / c.temperature).exp();
-        let by_likelihood = |a: &u32, b: &u32| match logits[*b as usize].total_cmp(&logits[*a as usize]) {
-            Ordering::Equal => a.cmp(b),
-            other => other,
-        };
         self.order.clear();
         self.order.extend((0..logits.len() as u32).filter(|&token| weight(token) >= c.min_p.max(f32::MIN_POSITIVE)));
         if c.top_k > 0 && c.top_k < self.order.len() {
-            self.order.select_nth_unstable_by(c.top_k - 1, by_likelihood);
+            self.order.select_nth_unstable_by(c.top_k - 1, by_likelihood(logits));
             self.order.truncate(c.top_k);
         }
-        self.order.sort_unstable_by(by_likelihood);
+        self.order.sort_unstable_by(by_likelihood(logits));
         let total: f32 = self.order.iter().map(|&t| weight(t)).sum();
         let (mut kept, mut nucleus) = (0, 0.0);
         while kept < self.order.len() && (kept == 0 || nucleus < c.top_p * total) {
@@ -130,11 +169,16 @@ impl Sampler {
         for &token in &self.order[..kept] {
             u -= weight(token);
             if u < 0.0 {
-                return token;
+                return Some(token);
             }
         }
-        self.order[kept - 1]
+        self.order[..kept].last().copied()
     }
+}
+
+/// Most likely first, equals by id.
+fn by_likelihood(logits: &[f32]) -> impl Fn(&u32, &u32) -> Ordering + '_ {
+    |a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
 }
 
 /// Uniform in [0, 1): a hash of the seed and the number of the draw (SplitMix64's finaliser).
@@ -187,6 +231,27 @@ mod tests {
     }
 
     #[test]
+    fn the_most_likely_tokens_come_with_their_probabilities() {
+        let mut sampler = Sampler::new(SamplingConfig { logit_bias: vec![(2, 9.0)], ..SamplingConfig::default() }, 4);
+        let choice = sampler.sample(&LOGITS);
+        let top = sampler.most_likely(3);
+        assert_eq!(top.iter().map(|choice| choice.token).collect::<Vec<_>>(), [2, 1, 3]);
+        assert_eq!(top[0], choice);
+        let all: f32 = sampler.most_likely(9).iter().map(|choice| choice.logprob.exp()).sum();
+        assert!((all - 1.0).abs() < 1e-6 && sampler.most_likely(0).is_empty(), "{all}");
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_still_give_a_token() {
+        for temperature in [0.0, 1.0] {
+            let mut sampler = Sampler::new(SamplingConfig { temperature, ..SamplingConfig::default() }, 3);
+            assert!(sampler.sample(&[f32::NAN; 3]).token < 3);
+            assert!(sampler.sample(&[f32::NEG_INFINITY; 3]).token < 3);
+            assert_eq!(sampler.sample(&[f32::NEG_INFINITY, 1.0, f32::NEG_INFINITY]).token, 1);
+        }
+    }
+
+    #[test]
     fn penalties_push_away_what_occurred() {
         for config in [
             SamplingConfig { repetition_penalty: 3.0, ..SamplingConfig::default() },
@@ -200,5 +265,8 @@ mod tests {
         let mut sampler = Sampler::new(SamplingConfig { repetition_penalty: 2.0, ..SamplingConfig::default() }, 2);
         sampler.observe(&[1]);
         assert_eq!(sampler.sample(&[-1.5, -1.0]).token, 0, "a negative logit is multiplied");
+        let mut sampler = Sampler::new(SamplingConfig { presence_penalty: 2.0, ..SamplingConfig::default() }, 2);
+        sampler.observe(&[1]);
+        assert_eq!(sampler.sample(&[-1.5, -1.0]).token, 1, "presence is presence in the answer");
     }
 }
