@@ -2,6 +2,7 @@
 
 mod support;
 
+use sha2::{Digest, Sha256};
 use sluice_engine::{Engine, EngineError, Options, Part, Sequence};
 use sluice_kernels::int8_linear::InstructionSet;
 use sluice_spec::{Architecture, RoutingConfig};
@@ -235,4 +236,39 @@ fn what_cannot_be_computed_is_refused_and_changes_nothing() {
     assert!(matches!(engine.extend(&mut foreign, &[1]), Err(EngineError::Sequence)));
     let artifact = artifact(&model(Architecture::Llama), routing(), 64);
     assert!(matches!(Engine::new(artifact, options(0, 1)), Err(EngineError::Options(_))));
+}
+
+/// A digest proves no good will: whoever sends a snapshot can compute it.
+#[test]
+fn a_forged_snapshot_is_refused() {
+    let mut engine = engine(Architecture::Llama, options(1, 32));
+    let mut sequence = engine.new_sequence();
+    engine.extend(&mut sequence, &tokens(50)).unwrap();
+    let snapshot = sequence.snapshot();
+    let forged = |at: usize, bytes: &[u8]| {
+        let mut forged = snapshot[..snapshot.len() - 32].to_vec();
+        forged[at..at + bytes.len()].copy_from_slice(bytes);
+        let digest = Sha256::digest(&forged);
+        forged.extend(digest);
+        forged
+    };
+    // Magic 8, fingerprint 32, position 8, then slots, start and length of the strip, admissions, positions of the slots.
+    let word = |at: usize| u64::from_le_bytes(snapshot[at..at + 8].try_into().unwrap());
+    assert_eq!((word(40), word(48), word(56), word(64)), (50, 12, 40, 10), "the layout that this test forges");
+    assert_eq!(sequence.clone().restore(&forged(40, &50u64.to_le_bytes())), Ok(()), "nothing changed");
+    let keys = 80 + 12 * 8;
+    for (what, at, bytes) in [
+        ("a position without its strip", 40, &51u64.to_le_bytes()[..]),
+        ("a position beyond all", 40, &u64::MAX.to_le_bytes()),
+        ("fewer slots", 48, &11u64.to_le_bytes()),
+        ("more slots", 48, &u64::MAX.to_le_bytes()),
+        ("an earlier strip", 56, &39u64.to_le_bytes()),
+        ("a longer strip", 64, &11u64.to_le_bytes()),
+        ("a slot from the future", 80, &40u32.to_le_bytes()),
+        ("a key that is infinite", keys, &0x7c00u16.to_le_bytes()),
+        ("a key that is no number", keys, &0xfe01u16.to_le_bytes()),
+    ] {
+        assert!(sequence.restore(&forged(at, bytes)).is_err(), "{what}");
+    }
+    assert_eq!(sequence.snapshot(), snapshot);
 }
