@@ -1,9 +1,11 @@
 //! Measures a finished student and fills in the report.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
 use sluice_eval::inside::Inside;
+use sluice_eval::measured::Measured;
 use sluice_eval::quality::{Comparison, quality_table};
 use sluice_eval::recall::recall_rows;
 use sluice_eval::report::{CostRow, CostSide, CostTable, CurvePoint, Curves, Recall, Report, RunSummary, StageCurve, StageRun};
@@ -19,33 +21,45 @@ use crate::progress;
 /// Tokens generated to measure decoding.
 const DECODED: usize = 32;
 
+/// What the report compares.
+pub(crate) struct ReportPlan {
+    /// Windows of each held-out text.
+    pub(crate) windows: usize,
+    /// Policies beside dense attention.
+    pub(crate) policies: Vec<Policy>,
+    /// Folder where finished comparisons are kept.
+    pub(crate) measured: PathBuf,
+}
+
 /// Every section of the report, on held-out text.
 pub(crate) fn measure(
     teacher: &str,
     loaded: &Loaded,
     distiller: &Distiller,
     data: &DistillData,
-    windows: usize,
+    plan: &ReportPlan,
     started: Instant,
 ) -> Result<Report> {
     let (model, config) = (&distiller.model, &distiller.config);
     let routing = RoutingConfig { gate_temperature: 0.0, ..config.routing };
     let mut budgets = config.budgets.clone();
     budgets.sort_unstable();
-    let comparison = Comparison { routing, budgets, policies: Policy::ALL.into_iter().filter(|p| *p != Policy::Dense).collect() };
+    let comparison = Comparison { routing, budgets, policies: plan.policies.clone() };
     let held: Vec<_> =
-        data.held.iter().map(|(domain, documents)| (domain, DistillData::held_windows(documents, config.context, windows))).collect();
-    let recall = data.recall(loaded, config.context, windows as u64);
+        data.held.iter().map(|(domain, documents)| (domain, DistillData::held_windows(documents, config.context, plan.windows))).collect();
+    let recall = data.recall(loaded, config.context, plan.windows as u64);
 
-    let passes_per_window = comparison.cells().len() as u64 + 1;
-    let n_windows = held.iter().map(|(_, w)| w.len() as u64).sum::<u64>() + recall.iter().map(|(_, d)| d.len() as u64).sum::<u64>();
-    let bar = progress::bar(n_windows * passes_per_window, "passes");
+    let cells = comparison.cells().len();
+    let measured = Measured::new(&plan.measured, model);
+    let passes =
+        held.iter().map(|(_, w)| w.len() * cells).sum::<usize>() + recall.iter().map(|(_, d)| d.len() * (cells + 1)).sum::<usize>();
+    let bar = progress::bar(passes as u64, "passes");
     bar.set_message("measuring on held-out text");
     let quality = held
         .iter()
         .filter(|(_, windows)| !windows.is_empty())
-        .map(|(domain, windows)| quality_table(model, domain, windows, &comparison, || bar.inc(1)))
-        .collect();
+        .map(|(domain, windows)| quality_table(model, domain, windows, &comparison, &measured, || bar.inc(1)))
+        .collect::<Result<_>>()?;
     let recall_section = (!recall.is_empty()).then(|| Recall {
         n_distractors: 8,
         example: example(loaded, &recall),

@@ -2,6 +2,7 @@
 
 pub mod bootstrap;
 pub mod inside;
+pub mod measured;
 pub mod needle;
 pub mod nll;
 pub mod quality;

@@ -1,5 +1,8 @@
 //! Quality against budget: every policy beside dense attention on the same positions of held-out windows.
 
+use std::cell::OnceCell;
+
+use anyhow::Result;
 use sluice_autograd::Tape;
 use sluice_kernels::output_head::{self, DistillTerms, Wanted};
 use sluice_model::{AttentionPlan, Decoder, Forward, Policy};
@@ -7,6 +10,7 @@ use sluice_spec::RoutingConfig;
 use sluice_tensor::Tensor;
 
 use crate::bootstrap::{Bootstrap, Estimate};
+use crate::measured::Measured;
 use crate::report::{QualityRow, QualityTable};
 
 /// What to compare.
@@ -78,22 +82,27 @@ pub fn compare(model: &Decoder, tokens: &[u32], dense: &Tensor, plan: &Attention
     }
 }
 
-/// Compare policies on held-out windows of one text, only on positions past each budget.
-/// `progress` hears about every pass of the model.
+/// Compare policies on held-out windows of one text, only on positions past each budget; what `measured` has is not
+/// made again. `progress` hears about every pass of the model.
 pub fn quality_table(
     model: &Decoder,
     text: &str,
     windows: &[Vec<u32>],
     comparison: &Comparison,
+    measured: &Measured,
     mut progress: impl FnMut(),
-) -> QualityTable {
+) -> Result<QualityTable> {
     let cells = comparison.cells();
     let mut compared: Vec<Vec<Compared>> = vec![Vec::new(); cells.len()];
     for tokens in windows {
-        let dense = dense_hidden(model, tokens);
-        progress();
+        let dense = OnceCell::new();
         for ((policy, routing), compared) in cells.iter().zip(&mut compared) {
-            compared.push(compare(model, tokens, &dense, &AttentionPlan::new(*policy, *routing), routing.kv_budget()));
+            let from = routing.kv_budget();
+            let make = || {
+                let dense = dense.get_or_init(|| dense_hidden(model, tokens));
+                compare(model, tokens, dense, &AttentionPlan::new(*policy, *routing), from)
+            };
+            compared.push(measured.or_make(tokens, *policy, routing, from, make)?);
             progress();
         }
     }
@@ -123,7 +132,7 @@ pub fn quality_table(
             gap_closed,
         });
     }
-    QualityTable {
+    Ok(QualityTable {
         text: text.into(),
         held_out: true,
         context: windows.iter().map(Vec::len).max().unwrap_or(0),
@@ -131,5 +140,5 @@ pub fn quality_table(
         dense_nll: dense_nll.map(|(_, e)| e),
         rows,
         ..QualityTable::default()
-    }
+    })
 }

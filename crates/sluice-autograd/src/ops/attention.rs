@@ -17,12 +17,17 @@ impl Tape {
             // Without this early exit every inference step would copy the routing.
             return self.custom(&inputs, o, |_| unreachable!("nothing wants a gradient"));
         }
+        let scores_alone = ![q, k, v].into_iter().any(|input| self.wants(input));
         let kept = [q, k, v].map(|var| var.value().clone());
         let bias = bias.map(|(scores, temperature)| (scores.value().clone(), temperature));
         let (o_value, routing) = (o.clone(), routing.clone());
         self.custom(&inputs, o, move |dout| {
             let [q, k, v] = &kept;
             let gate_bias = bias.as_ref().map(|(scores, temperature)| GateBias { scores, temperature: *temperature });
+            if let (true, Some(bias)) = (scores_alone, gate_bias) {
+                let dscores = routed_attention::bwd_scores(dout, q, k, v, &o_value, &lse, bias, &routing);
+                return vec![None, None, None, Some(dscores)];
+            }
             let grads = routed_attention::bwd(dout, q, k, v, &o_value, &lse, gate_bias, &routing);
             let mut gradients = vec![Some(grads.dq), Some(grads.dk), Some(grads.dv)];
             if bias.is_some() {

@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use sluice_model::checkpoint::{export_hf, save_gates};
-use sluice_model::cost;
+use sluice_model::{Policy, cost};
 use sluice_spec::RoutingConfig;
 use sluice_tensor::DType;
 use sluice_train::distill::{Distiller, StepReport};
 use sluice_train::distill_config::DistillConfig;
 
 use crate::distill_data::DistillData;
-use crate::distill_report;
+use crate::distill_report::{self, ReportPlan};
 use crate::models::{self, TINY};
 use crate::progress::{self, grouped};
 
@@ -49,6 +49,10 @@ pub(crate) struct Args {
     /// Windows of each held-out text in the report
     #[arg(long, value_name = "N")]
     eval_windows: Option<usize>,
+    /// Policies that the report compares with dense attention
+    #[arg(long, value_name = "POLICY", value_parser = compared_policy, num_args = 1..,
+          default_values = ["gate", "streaming", "random", "h2o", "oracle"])]
+    eval_policy: Vec<Policy>,
     /// Continue where the run in --out was interrupted
     #[arg(long)]
     resume: bool,
@@ -111,7 +115,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     if !args.no_report {
         let windows = args.eval_windows.unwrap_or(if args.teacher == TINY { 6 } else { 2 });
-        let report = distill_report::measure(&args.teacher, &loaded, &distiller, &data, windows, started)?;
+        let plan = ReportPlan { windows, policies: args.eval_policy.clone(), measured: args.out.join("measured") };
+        let report = distill_report::measure(&args.teacher, &loaded, &distiller, &data, &plan, started)?;
         report.write(&args.out)?;
         if args.json {
             println!("{}", report.to_json());
@@ -125,6 +130,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         eprintln!("report  {}", args.out.join("report.html").display());
     }
     Ok(())
+}
+
+fn compared_policy(name: &str) -> Result<Policy> {
+    let of_report = Policy::parse(name).filter(|p| *p != Policy::Dense);
+    of_report.with_context(|| format!("unknown policy `{name}`; expected gate, streaming, random, h2o or oracle"))
 }
 
 /// Defaults, then the file, then the options.

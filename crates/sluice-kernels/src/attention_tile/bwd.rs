@@ -28,12 +28,26 @@ pub(super) struct KeyGrads {
     dscores: Buffer,
     width: usize,
     rows: usize,
+    /// Neither `dk`, `dv` nor `dq` is wanted: two of the five products are left.
+    scores_alone: bool,
 }
 
 impl KeyGrads {
     pub(super) fn zeros(rows: usize, d: usize) -> Self {
         let width = padded(d);
-        Self { dk: Buffer::zeros(rows * width), dv: Buffer::zeros(rows * width), dscores: Buffer::zeros(rows), width, rows }
+        let (dk, dv) = (Buffer::zeros(rows * width), Buffer::zeros(rows * width));
+        Self { dk, dv, dscores: Buffer::zeros(rows), width, rows, scores_alone: false }
+    }
+
+    /// For the gradient of the scores alone.
+    pub(super) fn of_scores(rows: usize, d: usize) -> Self {
+        let (dk, dv) = (Buffer::zeros(0), Buffer::zeros(0));
+        Self { dk, dv, dscores: Buffer::zeros(rows), width: padded(d), rows, scores_alone: true }
+    }
+
+    /// The part of the score's gradient of row `row`; zero past the end.
+    pub(super) fn dscore(&self, row: usize) -> f32 {
+        if row < self.rows { self.dscores.row(row, 1)[0] } else { 0.0 }
     }
 
     /// Add row `row` to `dk`, `dv`; returns the part of the score's gradient. Rows past the end are zero.
@@ -48,7 +62,7 @@ impl KeyGrads {
 }
 
 dispatch! {
-    /// Write `dq` of the tile's queries and add to the gradients of its keys.
+    /// Write `dq` of the tile's queries, unless only scores want a gradient, and add to the gradients of its keys.
     ///
     /// # Safety
     /// Nobody else may touch those rows of `dq` meanwhile; the rows of the tile lie in `0..S`.
@@ -104,7 +118,8 @@ unsafe fn panel<V: Simd, const N: usize, const M: usize>(
     let (q, dqt, dout) = (ws.q.ptr(d * LANES), ws.o.ptr(d * LANES), ws.dout.ptr(d * LANES));
     let (p, dp) = (ws.p.ptr(STEP * LANES), ws.dp.ptr(STEP * LANES));
     let (q_rows, dout_rows) = (ws.q_rows.ptr(width * LANES), ws.dout_rows.ptr(width * LANES));
-    let (dk, dv) = (grads.dk.ptr(grads.rows * width), grads.dv.ptr(grads.rows * width));
+    let n_summed = if grads.scores_alone { 0 } else { grads.rows * width };
+    let (dk, dv) = (grads.dk.ptr(n_summed), grads.dv.ptr(n_summed));
     let dscores = grads.dscores.ptr(grads.rows);
 
     let mut rows = place.rows(x, b, g, tile, V::LANES);
@@ -178,10 +193,15 @@ unsafe fn panel<V: Simd, const N: usize, const M: usize>(
                     *dscores.wrapping_add(step.row[j] as usize) += dscore.sum();
                 }
             }
+            if grads.scores_alone {
+                continue;
+            }
             products::scatter::<V, M>(step.n, lanes, p, dout_rows, width, dv, &step.row);
             products::scatter::<V, M>(step.n, lanes, dp, q_rows, width, dk, &step.row);
             products::outer::<V, N, M>(step.n, x.k.as_ptr(), &step.at, d, dp, &[V::splat(1.0); N], dqt);
         }
-        unpack::<V, N>(&rows, dqt, d, &[x.dims.scale(); LANES], dq);
+        if !grads.scores_alone {
+            unpack::<V, N>(&rows, dqt, d, &[x.dims.scale(); LANES], dq);
+        }
     }
 }

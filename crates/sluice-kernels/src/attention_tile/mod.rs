@@ -23,7 +23,7 @@ use sluice_tensor::memory::Scratch;
 use crate::routed_attention::Dims;
 use crate::simd::Simd;
 
-pub(crate) use run::{Grads, Tiler, bwd, fwd};
+pub(crate) use run::{Grads, Tiler, bwd, bwd_scores, fwd};
 
 /// Queries of a tile at most.
 pub(crate) const QUERIES: usize = 64;

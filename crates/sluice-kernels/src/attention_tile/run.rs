@@ -85,6 +85,34 @@ pub(crate) fn bwd(dims: &Dims, [dout, q, k, v, o, lse]: [&Tensor; 6], lens: &[us
     let y = Adjoint { dout: dout.f32(), o: o.f32(), lse: lse.f32() };
     let mut dq = Tensor::zeros([dims.b, dims.t, dims.h, dims.d]);
     let dq_rows = SharedRows::new(dq.f32_mut());
+    let parts = key_grads(&x, &y, lens, tiler, dq_rows, KeyGrads::zeros);
+    let (dk, dv, dscores) = add_parts(dims, &parts);
+    Grads { dq, dk, dv, dscores }
+}
+
+/// The gradient of the scores alone, `[B, S, G]`: for training gates while everything else is frozen.
+pub(crate) fn bwd_scores(dims: &Dims, [dout, q, k, v, o, lse]: [&Tensor; 6], lens: &[usize], tiler: &impl Tiler) -> Tensor {
+    let x = Inputs { dims: *dims, q: q.f32(), k: k.f32(), v: v.f32() };
+    let y = Adjoint { dout: dout.f32(), o: o.f32(), lse: lse.f32() };
+    let parts = key_grads(&x, &y, lens, tiler, SharedRows::new(&mut []), KeyGrads::of_scores);
+    let mut dscores = Tensor::zeros([dims.b, dims.s, dims.g]);
+    for (i, dscore) in dscores.f32_mut().iter_mut().enumerate() {
+        let (b, row, g) = (i / (dims.g * dims.s), i / dims.g % dims.s, i % dims.g);
+        *dscore = parts[b * dims.g + g].iter().map(|part| part.dscore(row)).sum();
+    }
+    dscores
+}
+
+/// Partial sums of every sequence and KV head, in a fixed order.
+fn key_grads(
+    x: &Inputs<'_>,
+    y: &Adjoint<'_>,
+    lens: &[usize],
+    tiler: &impl Tiler,
+    dq: SharedRows<'_>,
+    zeros: impl Fn(usize, usize) -> KeyGrads + Sync,
+) -> Vec<Vec<KeyGrads>> {
+    let dims = &x.dims;
     let tasks = chunks(dims, lens, tiler);
     let done = Mutex::new(Vec::with_capacity(tasks.len()));
     for_each_task(
@@ -93,11 +121,11 @@ pub(crate) fn bwd(dims: &Dims, [dout, q, k, v, o, lse]: [&Tensor; 6], lens: &[us
         || (Workspace::bwd(dims), tiler.state()),
         |(ws, state), i| {
             let (b, g, queries) = tasks[i].clone();
-            let mut grads = KeyGrads::zeros(tiler.end_row(b, g, queries.clone()), dims.d);
+            let mut grads = zeros(tiler.end_row(b, g, queries.clone()), dims.d);
             for first in queries.clone().step_by(QUERIES) {
                 let span = first..(first + QUERIES).min(queries.end);
                 // SAFETY: as in `fwd`.
-                tiler.tiles(state, b, g, span, &mut |tile| unsafe { bwd_tile(&x, &y, b, g, tile, dq_rows, &mut grads, ws) });
+                tiler.tiles(state, b, g, span, &mut |tile| unsafe { bwd_tile(x, y, b, g, tile, dq, &mut grads, ws) });
             }
             done.lock().expect("no task panicked").push((i, grads));
         },
@@ -109,8 +137,7 @@ pub(crate) fn bwd(dims: &Dims, [dout, q, k, v, o, lse]: [&Tensor; 6], lens: &[us
         let (b, g, _) = tasks[i];
         parts[b * dims.g + g].push(grads);
     }
-    let (dk, dv, dscores) = add_parts(dims, &parts);
-    Grads { dq, dk, dv, dscores }
+    parts
 }
 
 /// Ranges of queries for the backward pass, each with its own sums of key gradients: enough of them to keep

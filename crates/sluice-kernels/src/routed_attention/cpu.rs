@@ -26,3 +26,18 @@ pub(super) fn bwd(
     let Grads { dq, dk, dv, dscores } = attention_tile::bwd(dims, [dout, q, k, v, o, lse], &routing.lens, &tiler);
     RoutedGrads { dq, dk, dv, dscores: bias.map(|_| dscores) }
 }
+
+pub(super) fn bwd_scores(
+    dims: &Dims,
+    dout: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    bias: GateBias<'_>,
+    routing: &Routing,
+) -> Tensor {
+    let tiler = Routed { routing, bias: Some(bias), n_keys: dims.s };
+    attention_tile::bwd_scores(dims, [dout, q, k, v, o, lse], &routing.lens, &tiler)
+}

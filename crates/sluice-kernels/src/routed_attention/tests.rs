@@ -1,7 +1,7 @@
 use sluice_tensor::Tensor;
 use sluice_testkit::{Rng, assert_close, check_gradient, max_abs_diff, probe_weights};
 
-use super::{GateBias, Routing, Visibility, bwd, fwd, naive};
+use super::{GateBias, Routing, Visibility, bwd, bwd_scores, fwd, naive};
 use crate::top_k_routing::{Budget, RouterState, route, route_bidirectional};
 
 /// How a case chooses its routed keys.
@@ -178,6 +178,9 @@ fn check(case: &Case) {
     assert_eq!(grads.dscores.is_some(), case.bias);
     if let Some(got) = grads.dscores {
         assert_close(&format!("{case:?} dscores"), got.f32(), &to_f32(&dscores), 5e-5);
+        let bias = x.gate_bias().expect("the case has a bias");
+        let alone = bwd_scores(&x.dout, &x.q, &x.k, &x.v, &o, &lse, bias, &x.routing);
+        assert_eq!(alone.f32(), got.f32(), "{case:?} dscores alone");
     }
 }
 
