@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, reason = "printing is what the command line is for")]
 
 mod commands;
+mod device;
 mod distill_data;
 mod distill_report;
 mod generation;
@@ -13,6 +14,7 @@ mod sampling;
 mod training_data;
 
 use clap::{Parser, Subcommand};
+use sluice_tensor::cuda::CudaError;
 
 /// Turn a dense language model into a routed one whose KV cache stays constant, however long the text.
 #[derive(Parser)]
@@ -47,13 +49,20 @@ enum Command {
     Bench(commands::bench::Command),
     /// Print a model's config, tensors and cost by context
     Inspect(commands::inspect::Args),
+    /// Check every op of a device against its specification
+    Selftest(commands::selftest::Args),
     /// Print what this machine can compute with
     Devices(commands::devices::Args),
 }
 
 fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
-    match run(cli) {
+    let done = std::panic::catch_unwind(|| run(cli)).unwrap_or_else(|payload| match payload.downcast::<CudaError>() {
+        // Ops on a GPU raise what they cannot return; any other panic has been reported and goes its way.
+        Ok(error) => Err((*error).into()),
+        Err(payload) => std::panic::resume_unwind(payload),
+    });
+    match done {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -77,6 +86,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Pull(args) => commands::pull::run(&args),
         Command::Bench(command) => commands::bench::run(&command),
+        Command::Selftest(args) => commands::selftest::run(&args),
         Command::Devices(args) => commands::devices::run(&args),
     }
 }

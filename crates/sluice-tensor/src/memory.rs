@@ -1,4 +1,4 @@
-//! Counts the bytes that tensors hold, so that a claim about peak memory can be measured.
+//! Counts the bytes that tensors hold, on all devices together, so that a claim about peak memory can be measured.
 //! Counters are process-wide: a measurement is meaningful when one thing runs at a time.
 
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -5,17 +5,40 @@ use std::sync::Arc;
 
 use half::bf16;
 
+use crate::cuda::{self, Buffer, Gpu, or_raise};
 use crate::memory;
 
-/// Where a tensor lives. A GPU joins as another variant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where a tensor lives and is computed with: a cheap handle.
+#[derive(Clone, Debug)]
 pub enum Device {
     /// Main memory.
     Cpu,
+    /// An NVIDIA GPU.
+    Cuda(Arc<Gpu>),
+}
+
+impl Device {
+    /// The GPU, if it is one.
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
+        match self {
+            Self::Cpu => None,
+            Self::Cuda(gpu) => Some(gpu),
+        }
+    }
+}
+
+impl PartialEq for Device {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Cpu, Self::Cpu) => true,
+            (Self::Cuda(a), Self::Cuda(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
 }
 
 /// Number format of the stored elements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// IEEE single precision.
     F32,
@@ -33,10 +56,10 @@ impl DType {
     }
 }
 
-#[derive(Clone)]
 enum Elements {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
+    Cuda(Buffer, DType),
 }
 
 impl Elements {
@@ -44,6 +67,27 @@ impl Elements {
         match self {
             Self::F32(v) => v.len() * 4,
             Self::Bf16(v) => v.len() * 2,
+            Self::Cuda(buffer, _) => buffer.bytes(),
+        }
+    }
+
+    /// Bytes that this type counts; a buffer counts its own.
+    fn counted_bytes(&self) -> usize {
+        if matches!(self, Self::Cuda(..)) { 0 } else { self.bytes() }
+    }
+}
+
+impl Clone for Elements {
+    fn clone(&self) -> Self {
+        match self {
+            Self::F32(v) => Self::F32(v.clone()),
+            Self::Bf16(v) => Self::Bf16(v.clone()),
+            Self::Cuda(buffer, dtype) => {
+                let gpu = buffer.gpu();
+                let copy = or_raise(gpu.alloc(buffer.bytes()));
+                or_raise(gpu.copy(buffer, 0, &copy, 0, buffer.bytes()));
+                Self::Cuda(copy, *dtype)
+            }
         }
     }
 }
@@ -53,7 +97,7 @@ struct Storage(Elements);
 
 impl Storage {
     fn new(elements: Elements) -> Self {
-        memory::allocated(elements.bytes());
+        memory::allocated(elements.counted_bytes());
         Self(elements)
     }
 }
@@ -66,7 +110,7 @@ impl Clone for Storage {
 
 impl Drop for Storage {
     fn drop(&mut self) {
-        memory::freed(self.0.bytes());
+        memory::freed(self.0.counted_bytes());
     }
 }
 
@@ -104,6 +148,23 @@ impl Tensor {
     pub fn full(value: f32, shape: impl Into<Vec<usize>>) -> Self {
         let shape = shape.into();
         Self::from_vec(vec![value; shape.iter().product()], shape)
+    }
+
+    /// f32 zeros on a device.
+    pub fn zeros_on(device: &Device, shape: impl Into<Vec<usize>>) -> Self {
+        let Device::Cuda(gpu) = device else { return Self::zeros(shape) };
+        let zeros = Self::empty_on(gpu, shape, DType::F32);
+        if let Elements::Cuda(buffer, _) = &zeros.storage.0 {
+            or_raise(gpu.fill_bytes(buffer, 0));
+        }
+        zeros
+    }
+
+    /// A tensor on a GPU whose elements are not defined yet: the output of a kernel that writes all of it.
+    pub fn empty_on(gpu: &Arc<Gpu>, shape: impl Into<Vec<usize>>, dtype: DType) -> Self {
+        let shape = shape.into();
+        let buffer = or_raise(gpu.alloc(shape.iter().product::<usize>() * dtype.size()));
+        Self { shape, storage: Arc::new(Storage::new(Elements::Cuda(buffer, dtype))) }
     }
 
     /// A tensor with one element and no axes.
@@ -147,12 +208,62 @@ impl Tensor {
         match self.storage.0 {
             Elements::F32(_) => DType::F32,
             Elements::Bf16(_) => DType::Bf16,
+            Elements::Cuda(_, dtype) => dtype,
         }
     }
 
     /// Where the elements are.
     pub fn device(&self) -> Device {
-        Device::Cpu
+        self.gpu().map_or(Device::Cpu, |gpu| Device::Cuda(Arc::clone(gpu)))
+    }
+
+    /// The GPU that holds the elements, if one does.
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
+        match &self.storage.0 {
+            Elements::Cuda(buffer, _) => Some(buffer.gpu()),
+            _ => None,
+        }
+    }
+
+    /// The same elements on a device, sharing the storage if they are there already. From a GPU to main memory the host waits.
+    pub fn to(&self, device: &Device) -> Self {
+        if self.device() == *device {
+            return self.clone();
+        }
+        let shape = self.shape.clone();
+        match (&self.storage.0, device) {
+            (Elements::Cuda(buffer, dtype), Device::Cpu) => match dtype {
+                DType::F32 => Self::from_vec(or_raise(buffer.gpu().download_slice(buffer)), shape),
+                DType::Bf16 => Self::from_bf16_vec(or_raise(buffer.gpu().download_slice(buffer)), shape),
+            },
+            (Elements::Cuda(..), Device::Cuda(_)) => self.to(&Device::Cpu).to(device),
+            (Elements::F32(v), Device::Cuda(gpu)) => Self::uploaded(gpu, bytemuck::cast_slice(v), shape, DType::F32),
+            (Elements::Bf16(v), Device::Cuda(gpu)) => Self::uploaded(gpu, bytemuck::cast_slice(v), shape, DType::Bf16),
+            (_, Device::Cpu) => unreachable!("already there"),
+        }
+    }
+
+    fn uploaded(gpu: &Arc<Gpu>, bytes: &[u8], shape: Vec<usize>, dtype: DType) -> Self {
+        let buffer = or_raise(gpu.upload_slice(bytes));
+        Self { shape, storage: Arc::new(Storage::new(Elements::Cuda(buffer, dtype))) }
+    }
+
+    /// Address of the elements on their GPU, for the arguments of a kernel that reads them; panics for main memory.
+    #[track_caller]
+    pub fn address(&self) -> u64 {
+        match &self.storage.0 {
+            Elements::Cuda(buffer, _) => buffer.address(),
+            _ => panic!("expected a tensor on a GPU, found one of shape {:?} in main memory", self.shape),
+        }
+    }
+
+    /// The same for a kernel that writes them; copies the storage first if it is shared.
+    #[track_caller]
+    pub fn address_mut(&mut self) -> u64 {
+        match &Arc::make_mut(&mut self.storage).0 {
+            Elements::Cuda(buffer, _) => buffer.address(),
+            _ => panic!("expected a tensor on a GPU, found one of shape {:?} in main memory", self.shape),
+        }
     }
 
     /// Bytes of the elements.
@@ -165,7 +276,7 @@ impl Tensor {
     pub fn f32(&self) -> &[f32] {
         match &self.storage.0 {
             Elements::F32(v) => v,
-            Elements::Bf16(_) => panic!("expected an f32 tensor, found bf16 of shape {:?}", self.shape),
+            _ => self.unexpected("an f32 tensor in main memory"),
         }
     }
 
@@ -174,17 +285,25 @@ impl Tensor {
     pub fn bf16(&self) -> &[bf16] {
         match &self.storage.0 {
             Elements::Bf16(v) => v,
-            Elements::F32(_) => panic!("expected a bf16 tensor, found f32 of shape {:?}", self.shape),
+            _ => self.unexpected("a bf16 tensor in main memory"),
         }
     }
 
     /// Elements of an f32 tensor for writing; copies the storage first if it is shared.
     #[track_caller]
     pub fn f32_mut(&mut self) -> &mut [f32] {
+        if !matches!(self.storage.0, Elements::F32(_)) {
+            self.unexpected("an f32 tensor in main memory");
+        }
         match &mut Arc::make_mut(&mut self.storage).0 {
             Elements::F32(v) => v,
-            Elements::Bf16(_) => panic!("expected an f32 tensor, found bf16 of shape {:?}", self.shape),
+            _ => unreachable!("checked above"),
         }
+    }
+
+    #[track_caller]
+    fn unexpected(&self, expected: &str) -> ! {
+        panic!("expected {expected}, found {self:?}")
     }
 
     /// The elements of an f32 tensor as a vector, without a copy when nobody else looks at them.
@@ -195,15 +314,15 @@ impl Tensor {
         memory::freed(storage.0.bytes());
         match std::mem::replace(&mut storage.0, Elements::F32(Vec::new())) {
             Elements::F32(v) => v,
-            Elements::Bf16(_) => unreachable!("checked by f32_mut"),
+            _ => unreachable!("checked by f32_mut"),
         }
     }
 
-    /// The one element of an f32 tensor.
+    /// The one element of an f32 tensor; from a GPU, the host waits for it.
     #[track_caller]
     pub fn item(&self) -> f32 {
         assert_eq!(self.len(), 1, "item() of a tensor of shape {:?}", self.shape);
-        self.f32()[0]
+        self.to(&Device::Cpu).f32()[0]
     }
 
     /// The same elements in another shape, sharing the storage; panics when the sizes disagree.
@@ -216,10 +335,14 @@ impl Tensor {
 
     /// A copy in the given format; shares the storage when it already has it.
     pub fn to_dtype(&self, dtype: DType) -> Self {
+        if self.dtype() == dtype {
+            return self.clone();
+        }
         match (&self.storage.0, dtype) {
-            (Elements::F32(_), DType::F32) | (Elements::Bf16(_), DType::Bf16) => self.clone(),
+            (Elements::Cuda(..), _) => cuda::convert(self, 0, self.len(), dtype).reshape(self.shape.clone()),
             (Elements::F32(v), DType::Bf16) => Self::from_bf16_vec(v.iter().map(|&x| bf16::from_f32(x)).collect(), self.shape.clone()),
             (Elements::Bf16(v), DType::F32) => Self::from_vec(v.iter().map(|x| x.to_f32()).collect(), self.shape.clone()),
+            (Elements::F32(_), DType::F32) | (Elements::Bf16(_), DType::Bf16) => unreachable!("already there"),
         }
     }
 
@@ -231,7 +354,11 @@ impl Tensor {
 
 impl std::fmt::Debug for Tensor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Tensor({:?}, {:?})", self.dtype(), self.shape)
+        write!(f, "Tensor({:?}, {:?}", self.dtype(), self.shape)?;
+        match self.gpu() {
+            Some(gpu) => write!(f, ", {gpu:?})"),
+            None => write!(f, ")"),
+        }
     }
 }
 

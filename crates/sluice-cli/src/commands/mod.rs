@@ -15,3 +15,4 @@ pub(crate) mod quantize;
 
 pub(crate) mod bench;
 pub(crate) mod devices;
+pub(crate) mod selftest;

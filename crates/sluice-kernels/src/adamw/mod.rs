@@ -1,6 +1,8 @@
 //! AdamW (Loshchilov and Hutter) with decoupled decay, step by step as `torch.optim.AdamW` does it,
 //! and the two things a trainer does to gradients before.
 
+pub(crate) mod cases;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;
@@ -43,6 +45,9 @@ pub fn step(param: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, a
     );
     assert!(adamw.step > 0, "adamw counts its steps from 1");
     let factors = Factors::new(&adamw);
+    if let Some(gpu) = grad.gpu() {
+        return cuda::step(gpu, param, grad, m, v, factors);
+    }
     let work = |p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]| update(p, g, m, v, factors);
     let (p, g, m, v) = (param.f32_mut(), grad.f32(), m.f32_mut(), v.f32_mut());
     if p.len() <= CHUNK {
@@ -56,12 +61,19 @@ pub fn step(param: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, a
 
 /// Euclidean norm of all gradients together.
 pub fn global_norm(grads: &[&Tensor]) -> f64 {
+    let by_gpu = grads.first().and_then(|g| g.gpu());
+    if let Some(gpu) = by_gpu {
+        return cuda::sum_of_squares(gpu, grads).sqrt();
+    }
     let chunk_sums = |g: &&Tensor| -> Vec<f64> { g.f32().par_chunks(CHUNK).map(sum_of_squares).collect() };
     grads.iter().map(|g| chunk_sums(g).iter().sum::<f64>()).sum::<f64>().sqrt()
 }
 
 /// `t *= f`.
 pub fn scale_in_place(t: &mut Tensor, f: f32) {
+    if let Some(gpu) = t.gpu() {
+        return cuda::scale(&gpu.clone(), t, f);
+    }
     for_each_chunk(t.f32_mut(), CHUNK, |_, chunk| vector_math::scale(chunk, f));
 }
 

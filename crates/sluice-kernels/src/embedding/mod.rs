@@ -1,5 +1,7 @@
 //! Embedding: row `tokens[i]` of `table [V, M]`; the gradient adds row `i` of `dy` to row `tokens[i]`.
 
+pub(crate) mod cases;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;
@@ -15,6 +17,9 @@ use crate::vector_math;
 pub fn fwd(tokens: &[u32], table: &Tensor) -> Tensor {
     let [vocab, m] = table.dims();
     check_tokens(tokens, vocab);
+    if let Some(gpu) = table.gpu() {
+        return cuda::fwd(gpu, tokens, table);
+    }
     let mut y = vec![0.0; tokens.len() * m];
     let rows = rows_per_chunk(m);
     for_each_chunk(&mut y, rows * m.max(1), |chunk, y| {
@@ -42,6 +47,9 @@ pub fn bwd(dy: &Tensor, tokens: &[u32], dtable: &mut Tensor) {
         dtable.shape()
     );
     check_tokens(tokens, vocab);
+    if let Some(gpu) = dy.gpu() {
+        return cuda::bwd(gpu, dy, tokens, dtable);
+    }
     // A stable sort: the rows of one token are added in the order of the text, whatever the threads do.
     let mut by_token: Vec<usize> = (0..n).collect();
     by_token.sort_by_key(|&i| tokens[i]);

@@ -5,10 +5,11 @@
 //! keep different keys. The sums of a row run in one fixed order on every CPU, whatever the other rows
 //! are, so a token has the same score, bit for bit, in a prefill, in a decode step and on another machine.
 
+pub(crate) mod cases;
 mod cpu;
+mod cuda;
+pub mod naive;
 
-#[cfg(test)]
-mod naive;
 #[cfg(test)]
 mod tests;
 
@@ -23,6 +24,9 @@ pub const RECENCY_UNIT: f32 = 1024.0;
 pub fn fwd(x: &Tensor, weight: &Tensor, bias: &Tensor, recency: &Tensor, positions: &[u32], eps: f32) -> Tensor {
     let [b, t, gs] = check("gate_score::fwd", x, weight, positions);
     assert_eq!((bias.shape(), recency.shape()), (&[gs][..], &[gs][..]), "gate_score::fwd: bias and recency of {gs} heads");
+    if let Some(gpu) = x.gpu() {
+        return cuda::fwd(gpu, x, weight, bias, recency, positions, eps);
+    }
     Tensor::from_vec(cpu::fwd(x.f32(), weight.f32(), bias.f32(), recency.f32(), positions, eps), [b, t, gs])
 }
 
@@ -53,6 +57,9 @@ pub fn bwd(
 ) -> (Tensor, Tensor, Tensor, Option<Tensor>) {
     let [b, t, gs] = check("gate_score::bwd", x, weight, positions);
     assert_eq!(dscores.shape(), [b, t, gs], "gate_score::bwd: dscores");
+    if let Some(gpu) = x.gpu() {
+        return cuda::bwd(gpu, dscores, x, weight, positions, eps, want_dx);
+    }
     cpu::bwd(dscores, x, weight, positions, eps, want_dx)
 }
 

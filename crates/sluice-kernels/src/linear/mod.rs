@@ -1,7 +1,9 @@
 //! Linear layer: `y = x w^T + bias`, `x [.., K]`, `w [N, K]`, `bias [N]`, `y [.., N]`.
 //! `w` may be stored as bf16: rows are widened a block at a time, never the whole matrix.
 
+pub(crate) mod cases;
 mod cpu;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;
@@ -17,16 +19,19 @@ use crate::vector_math;
 pub fn fwd(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let [n_out, n_in] = w.dims();
     assert_eq!(x.last_dim(), n_in, "linear of x {:?} and w {:?}", x.shape(), w.shape());
-    let n_rows = rows(x);
-    let mut y = vec![0.0; n_rows * n_out];
-    project(x.f32(), n_rows, w, &mut y);
     if let Some(bias) = bias {
         assert_eq!(bias.shape(), [n_out], "bias of a linear layer with w {:?}", w.shape());
-        if n_out > 0 {
-            for_each_chunk(&mut y, rows_per_chunk(n_out) * n_out, |_, chunk| {
-                chunk.chunks_exact_mut(n_out).for_each(|row| vector_math::add_assign(row, bias.f32()));
-            });
-        }
+    }
+    let n_rows = rows(x);
+    if let Some(gpu) = x.gpu() {
+        return cuda::fwd(gpu, x, n_rows, w, bias).reshape(with_last_dim(x, n_out));
+    }
+    let mut y = vec![0.0; n_rows * n_out];
+    project(x.f32(), n_rows, w, &mut y);
+    if let Some(bias) = bias.filter(|_| n_out > 0) {
+        for_each_chunk(&mut y, rows_per_chunk(n_out) * n_out, |_, chunk| {
+            chunk.chunks_exact_mut(n_out).for_each(|row| vector_math::add_assign(row, bias.f32()));
+        });
     }
     Tensor::from_vec(y, with_last_dim(x, n_out))
 }
@@ -37,6 +42,9 @@ pub fn bwd_input(dy: &Tensor, w: &Tensor) -> Tensor {
     let [n_out, n_in] = w.dims();
     assert_eq!(dy.last_dim(), n_out, "backward of linear with dy {:?} and w {:?}", dy.shape(), w.shape());
     let n_rows = rows(dy);
+    if let Some(gpu) = dy.gpu() {
+        return cuda::bwd_input(gpu, dy, n_rows, w).reshape(with_last_dim(dy, n_in));
+    }
     let mut dx = vec![0.0; n_rows * n_in];
     project_back(dy.f32(), n_rows, w, &mut dx);
     Tensor::from_vec(dx, with_last_dim(dy, n_in))
@@ -47,6 +55,9 @@ pub fn bwd_input(dy: &Tensor, w: &Tensor) -> Tensor {
 pub fn bwd_weight(dy: &Tensor, x: &Tensor) -> Tensor {
     let (n_out, n_in, n_rows) = (dy.last_dim(), x.last_dim(), rows(dy));
     assert_eq!(n_rows, rows(x), "backward of linear with dy {:?} and x {:?}", dy.shape(), x.shape());
+    if let Some(gpu) = dy.gpu() {
+        return cuda::bwd_weight(gpu, dy, x, n_rows);
+    }
     let mut dw = vec![0.0; n_out * n_in];
     weight_gradient(dy.f32(), x.f32(), n_rows, &mut dw, (n_out, n_in), false);
     Tensor::from_vec(dw, [n_out, n_in])
@@ -55,6 +66,9 @@ pub fn bwd_weight(dy: &Tensor, x: &Tensor) -> Tensor {
 /// Gradient of the bias: the sum of `dy` over its rows, `[N]`.
 pub fn bwd_bias(dy: &Tensor) -> Tensor {
     let n = dy.last_dim();
+    if dy.gpu().is_some() {
+        return cuda::bwd_bias(dy, rows(dy));
+    }
     let dy_rows = dy.f32();
     let db = sum_over_rows(rows(dy), rows_per_chunk(n).max(64), n, |range, partial| {
         for i in range {

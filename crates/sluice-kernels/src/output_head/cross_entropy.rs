@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use sluice_tensor::Tensor;
 use sluice_tensor::memory::Scratch;
 
-use super::{Gradients, Wanted, check_shapes, even_chunks, gather, rows_per_chunk, weighted_rows};
+use super::{Gradients, Wanted, check_shapes, cuda, even_chunks, gather, rows_per_chunk, weighted_rows};
 use crate::linear::project;
 use crate::vector_math::{argmax, exp, sum_exp, vectorised};
 
@@ -26,6 +26,9 @@ pub struct CrossEntropy {
 #[track_caller]
 pub fn cross_entropy(h: &Tensor, w: &Tensor, targets: &[u32], weights: &[f32], grads: Wanted) -> CrossEntropy {
     check_shapes("cross_entropy", h, w, Some(targets), weights);
+    if let Some(gpu) = h.gpu() {
+        return cuda::cross_entropy(gpu, h, w, targets, weights, grads);
+    }
     in_chunks(h, w, targets, weights, grads, rows_per_chunk(w.shape()[0]))
 }
 

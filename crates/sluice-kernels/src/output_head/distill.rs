@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use sluice_tensor::Tensor;
 use sluice_tensor::memory::Scratch;
 
-use super::{Gradients, Wanted, check_shapes, even_chunks, gather, rows_per_chunk, weighted_rows};
+use super::{Gradients, Wanted, check_shapes, cuda, even_chunks, gather, rows_per_chunk, weighted_rows};
 use crate::linear::project;
 use crate::vector_math::{LANES, add_lanes, argmax, exp, max, sum_exp, vectorised};
 
@@ -76,6 +76,9 @@ pub fn distill(
     assert_eq!(w_s.shape()[0], w_t.shape()[0], "distill: student w {:?} and teacher w {:?}", w_s.shape(), w_t.shape());
     assert!(terms.ce == 0.0 || targets.is_some(), "distill: a cross-entropy term needs targets");
     assert!(terms.temperature > 0.0, "distill: temperature {} is not positive", terms.temperature);
+    if let Some(gpu) = h_s.gpu() {
+        return cuda::distill(gpu, [h_s, w_s, h_t, w_t], targets, weights, terms, grads);
+    }
     in_chunks(h_s, w_s, h_t, w_t, targets, weights, terms, grads, rows_per_chunk(w_s.shape()[0]))
 }
 
@@ -113,27 +116,34 @@ pub(super) fn in_chunks(
             gradients.add(z_s, rows, &h_s_rows, w_s);
         }
     }
-    let with_targets = if targets.is_some() { all.as_slice() } else { &[] };
-    Distill {
-        kl: all.iter().map(|r| r.kl).collect(),
-        boundary: all.iter().map(|r| r.boundary).collect(),
-        nll_student: with_targets.iter().map(|r| r.nll_student).collect(),
-        nll_teacher: with_targets.iter().map(|r| r.nll_teacher).collect(),
-        agree: all.iter().map(|r| r.agree).collect(),
-        top1_student: all.iter().map(|r| r.top1_student).collect(),
-        dh: gradients.dh,
-        dw: gradients.dw,
-    }
+    RowLosses::into_distill(all, targets.is_some(), gradients.dh, gradients.dw)
 }
 
 #[derive(Clone, Default)]
-struct RowLosses {
-    kl: f32,
-    boundary: f32,
-    nll_student: f32,
-    nll_teacher: f32,
-    agree: bool,
-    top1_student: u32,
+pub(super) struct RowLosses {
+    pub(super) kl: f32,
+    pub(super) boundary: f32,
+    pub(super) nll_student: f32,
+    pub(super) nll_teacher: f32,
+    pub(super) agree: bool,
+    pub(super) top1_student: u32,
+}
+
+impl RowLosses {
+    /// Rows into columns.
+    pub(super) fn into_distill(all: Vec<Self>, with_targets: bool, dh: Option<Tensor>, dw: Option<Tensor>) -> Distill {
+        let targeted = if with_targets { all.as_slice() } else { &[] };
+        Distill {
+            kl: all.iter().map(|r| r.kl).collect(),
+            boundary: all.iter().map(|r| r.boundary).collect(),
+            nll_student: targeted.iter().map(|r| r.nll_student).collect(),
+            nll_teacher: targeted.iter().map(|r| r.nll_teacher).collect(),
+            agree: all.iter().map(|r| r.agree).collect(),
+            top1_student: all.iter().map(|r| r.top1_student).collect(),
+            dh,
+            dw,
+        }
+    }
 }
 
 /// Losses of one row; with a weight, `z_s` becomes the gradient of the weighted loss.

@@ -4,7 +4,9 @@
 //! in place. `weights[i]` multiplies the loss of row `i`; gradients are of `sum_i weights[i] loss_i`, so the
 //! caller normalises. Rows of weight 0 cost nothing and report 0.
 
+pub(crate) mod cases;
 mod cross_entropy;
+mod cuda;
 mod distill;
 pub mod naive;
 #[cfg(test)]

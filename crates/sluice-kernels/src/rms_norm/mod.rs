@@ -1,5 +1,7 @@
 //! RMS normalisation of each row: `y = x / sqrt(mean(x^2) + eps) * weight`, `x [.., M]`, `weight [M]` or none.
 
+pub(crate) mod cases;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;
@@ -14,6 +16,9 @@ use crate::vector_math::{dot, dot_body, vectorised};
 pub fn fwd(x: &Tensor, weight: Option<&Tensor>, eps: f32) -> (Tensor, Tensor) {
     let (m, n_rows) = (x.last_dim(), x.n_rows());
     check_weight(x, weight);
+    if let Some(gpu) = x.gpu() {
+        return cuda::fwd(gpu, x, weight, eps);
+    }
     let (xs, w) = (x.f32(), weight.map(Tensor::f32));
     let (mut y, mut inv_rms) = (vec![0.0; xs.len()], vec![0.0; n_rows]);
     let rows = rows_per_chunk(m);
@@ -55,6 +60,9 @@ pub fn bwd(dy: &Tensor, x: &Tensor, weight: Option<&Tensor>, inv_rms: &Tensor) -
     check_weight(x, weight);
     assert_eq!(dy.shape(), x.shape(), "backward of rms_norm with dy {:?} and x {:?}", dy.shape(), x.shape());
     assert_eq!(inv_rms.len(), n_rows, "backward of rms_norm with inv_rms {:?} and x {:?}", inv_rms.shape(), x.shape());
+    if let Some(gpu) = x.gpu() {
+        return cuda::bwd(gpu, dy, x, weight, inv_rms);
+    }
     let (d, xs, inv, w) = (dy.f32(), x.f32(), inv_rms.f32(), weight.map(Tensor::f32));
     let rows = rows_per_chunk(m);
     let mut dx = vec![0.0; xs.len()];

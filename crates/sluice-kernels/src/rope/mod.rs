@@ -3,6 +3,8 @@
 //! Knows nothing about contexts or scaling rules: the frequencies arrive ready. Angles are computed in f64,
 //! since at position 10^6 an f32 angle is off by up to 0.03.
 
+pub(crate) mod cases;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;
@@ -60,6 +62,9 @@ fn rotate(x: &Tensor, positions: &[u32], inv_freq: &[f32], style: RopeStyle, dir
         positions.len(),
         inv_freq.len()
     );
+    if let Some(gpu) = x.gpu() {
+        return cuda::rotate(gpu, x, positions, inv_freq, style, direction);
+    }
     let xs = x.f32();
     let token_len = n_heads * head_dim;
     let (cos, sin) = angles(positions, inv_freq, direction);

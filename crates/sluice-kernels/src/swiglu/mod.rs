@@ -1,5 +1,7 @@
 //! SwiGLU: `silu(gate) * up` with `silu(x) = x sigmoid(x)`, elementwise on tensors of one shape.
 
+pub(crate) mod cases;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;
@@ -13,6 +15,9 @@ use crate::vector_math::{sigmoid, vectorised};
 #[track_caller]
 pub fn fwd(gate: &Tensor, up: &Tensor) -> Tensor {
     assert_eq!(gate.shape(), up.shape(), "swiglu of gate {:?} and up {:?}", gate.shape(), up.shape());
+    if let Some(gpu) = gate.gpu() {
+        return cuda::fwd(gpu, gate, up);
+    }
     let (g, u) = (gate.f32(), up.f32());
     let mut y = vec![0.0; g.len()];
     for_each_chunk(&mut y, CHUNK, |i, y| {
@@ -39,6 +44,9 @@ pub fn bwd(dy: &Tensor, gate: &Tensor, up: &Tensor) -> (Tensor, Tensor) {
         gate.shape(),
         up.shape()
     );
+    if let Some(gpu) = gate.gpu() {
+        return cuda::bwd(gpu, dy, gate, up);
+    }
     let (d, g, u) = (dy.f32(), gate.f32(), up.f32());
     let (mut dgate, mut dup) = (vec![0.0; g.len()], vec![0.0; g.len()]);
     for_each_chunk_pair((&mut dgate, CHUNK), (&mut dup, CHUNK), |i, dgate, dup| {

@@ -1,0 +1,26 @@
+#define EACH(i, n) for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x)
+
+KERNEL adamw_step(float* __restrict__ p, const float* __restrict__ grad, float* __restrict__ m, float* __restrict__ v, u64 n,
+                  float grad_scale, float keep, float beta2, float one_minus_beta1, float one_minus_beta2, float step_size,
+                  float inv_sqrt_correction2, float eps) {
+    EACH(i, n) {
+        const float g = grad[i] * grad_scale;
+        const float mi = fmaf(g - m[i], one_minus_beta1, m[i]);
+        const float vi = fmaf(one_minus_beta2 * g, g, beta2 * v[i]);
+        m[i] = mi;
+        v[i] = vi;
+        p[i] = fmaf(p[i], keep, -step_size * (mi / fmaf(sqrtf(vi), inv_sqrt_correction2, eps)));
+    }
+}
+
+// In f64: squares of f32 gradients overflow and vanish early. Block b leaves its sum in partial[b].
+KERNEL sum_of_squares(const float* __restrict__ x, double* __restrict__ partial, u64 n) {
+    double sum = 0.0;
+    EACH(i, n) sum += (double)x[i] * (double)x[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+KERNEL scale(float* __restrict__ x, float f, u64 n) {
+    EACH(i, n) x[i] *= f;
+}

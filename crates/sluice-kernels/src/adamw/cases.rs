@@ -1,0 +1,49 @@
+//! The case list of [`selftest`](crate::selftest).
+
+use sluice_tensor::Tensor;
+use sluice_testkit::Rng;
+
+use super::{AdamW, global_norm, naive, scale_in_place, step};
+use crate::row_chunks::CHUNK;
+use crate::selftest::Check;
+
+const SETTINGS: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, grad_scale: 0.7, step: 1 };
+
+/// `(elements, steps, tolerance)`: every step rounds once more.
+const CASES: &[(usize, u64, f64)] =
+    &[(0, 5, 2e-6), (1, 5, 2e-6), (63, 5, 2e-6), (100, 5, 2e-6), (1000, 5, 2e-6), (CHUNK + 5, 5, 2e-6), (3, 300, 2e-5)];
+
+pub(crate) fn run(check: &mut Check<'_>) {
+    for &(n, n_steps, allowed) in CASES {
+        check.case("adamw", format!("[{n}], {n_steps} steps"));
+        let mut rng = Rng::new(1);
+        let start = rng.normal_tensor([n]);
+        let mut param = check.put(&start);
+        let kept = param.clone();
+        let (mut m, mut v) = (Tensor::zeros_on(check.device(), [n]), Tensor::zeros_on(check.device(), [n]));
+        let mut want: Vec<(f64, f64, f64)> = start.f32().iter().map(|&p| (p as f64, 0.0, 0.0)).collect();
+        for number in 1..=n_steps {
+            let grad = rng.normal_tensor([n]);
+            let settings = AdamW { step: number, ..SETTINGS };
+            step(&mut param, &check.put(&grad), &mut m, &mut v, settings);
+            for (want, &g) in want.iter_mut().zip(grad.f32()) {
+                *want = naive::step(want.0, g as f64, want.1, want.2, &settings);
+            }
+        }
+        let column = |f: fn(&(f64, f64, f64)) -> f64| -> Vec<f64> { want.iter().map(f).collect() };
+        check.compare("param", &param, &column(|w| w.0), allowed);
+        check.compare("m", &m, &column(|w| w.1), allowed);
+        check.compare("v", &v, &column(|w| w.2), allowed);
+        let old: Vec<f64> = start.f32().iter().map(|&p| p as f64).collect();
+        check.compare("a clone of param stays", &kept, &old, 0.0);
+    }
+    let (a, b) = (Rng::new(5).normal_tensor([100_001]), Rng::new(6).normal_tensor([7]));
+    check.case("adamw", "norm and scale");
+    let norm = global_norm(&[&check.put(&a), &check.put(&b)]);
+    let want = a.f32().iter().chain(b.f32()).map(|&x| x as f64 * x as f64).sum::<f64>().sqrt();
+    check.require("global norm", (norm - want).abs() <= 1e-9 * want);
+    let mut scaled = check.put(&a);
+    scale_in_place(&mut scaled, 0.25);
+    let want: Vec<f64> = a.f32().iter().map(|&x| x as f64 * 0.25).collect();
+    check.compare("scaled", &scaled, &want, 0.0);
+}

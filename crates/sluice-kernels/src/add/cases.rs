@@ -1,0 +1,23 @@
+//! The case list of [`selftest`](crate::selftest). The twin is the sum itself.
+
+use sluice_testkit::Rng;
+
+use super::{assign, fwd};
+use crate::selftest::Check;
+
+const SIZES: &[usize] = &[0, 1, 63, 100, 1000, 50_000];
+
+pub(crate) fn run(check: &mut Check<'_>) {
+    for &n in SIZES {
+        check.case("add", format!("[{n}]"));
+        let (a, b) = (Rng::new(1).normal_tensor([n]), Rng::new(2).normal_tensor([n]));
+        let want: Vec<f64> = a.f32().iter().zip(b.f32()).map(|(a, b)| (a + b) as f64).collect();
+        let (mut a_there, b_there) = (check.put(&a), check.put(&b));
+        check.compare("a + b", &fwd(&a_there, &b_there), &want, 0.0);
+        let kept = a_there.clone();
+        assign(&mut a_there, &b_there);
+        check.compare("a += b", &a_there, &want, 0.0);
+        let old: Vec<f64> = a.f32().iter().map(|&a| a as f64).collect();
+        check.compare("a clone of a stays", &kept, &old, 0.0);
+    }
+}

@@ -1,0 +1,28 @@
+//! The case list of [`selftest`](crate::selftest).
+
+use sluice_tensor::{DType, Tensor};
+use sluice_testkit::Rng;
+
+use super::{bwd, fwd, naive};
+use crate::selftest::Check;
+
+/// `(tokens, vocabulary, width)`.
+const CASES: &[(usize, usize, usize)] = &[(0, 5, 3), (1, 1, 1), (63, 100, 63), (1000, 63, 100), (100, 1000, 1000)];
+
+pub(crate) fn run(check: &mut Check<'_>) {
+    for &(n, vocab, m) in CASES {
+        let mut rng = Rng::new(1);
+        let table = rng.normal_tensor([vocab, m]);
+        let dy = rng.normal_tensor([n, m]);
+        let tokens: Vec<u32> = (0..n).map(|_| rng.below(vocab) as u32).collect();
+        for table in [table.to_dtype(DType::Bf16), table] {
+            check.case("embedding", format!("{n} of [{vocab}, {m}] {:?}", table.dtype()));
+            check.compare("y", &fwd(&tokens, &check.put(&table)), &naive::fwd(&tokens, &table), 0.0);
+        }
+        let start = Tensor::full(10.0, [vocab, m]);
+        let mut dtable = check.put(&start);
+        bwd(&check.put(&dy), &tokens, &mut dtable);
+        let want: Vec<f64> = naive::bwd(&dy, &tokens, vocab).into_iter().map(|x| x + 10.0).collect();
+        check.compare("dtable added to what was there", &dtable, &want, 1e-5);
+    }
+}

@@ -1,0 +1,80 @@
+//! A warp per row; gradients of the gate's parameters are sums of columns.
+
+use std::sync::Arc;
+
+use sluice_tensor::Tensor;
+use sluice_tensor::cuda::{Arg, Gpu, KernelSource, or_raise};
+
+use super::RECENCY_UNIT;
+use crate::launch::{ColumnSums, output, over_rows, run};
+
+const SOURCE: KernelSource = KernelSource { name: "gate_score", code: include_str!("gate_score.cu") };
+
+pub(super) fn fwd(
+    gpu: &Arc<Gpu>,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    recency: &Tensor,
+    positions: &[u32],
+    eps: f32,
+) -> Tensor {
+    let ([b, t, m], [gs, _]) = (x.dims(), weight.dims());
+    let positions = or_raise(gpu.upload_slice(positions));
+    let mut scores = output(gpu, [b, t, gs]);
+    let args = [
+        x.into(),
+        weight.into(),
+        bias.into(),
+        recency.into(),
+        (&positions).into(),
+        (&mut scores).into(),
+        ((b * t) as u32).into(),
+        (t as u32).into(),
+        (m as u32).into(),
+        (gs as u32).into(),
+        eps.into(),
+        RECENCY_UNIT.into(),
+    ];
+    // SAFETY: shapes were checked by the caller.
+    unsafe { run(gpu, &SOURCE, "gate_score_fwd", over_rows(b * t), &args) };
+    scores
+}
+
+pub(super) fn bwd(
+    gpu: &Arc<Gpu>,
+    dscores: &Tensor,
+    x: &Tensor,
+    weight: &Tensor,
+    positions: &[u32],
+    eps: f32,
+    want_dx: bool,
+) -> (Tensor, Tensor, Tensor, Option<Tensor>) {
+    let ([b, t, m], [gs, _]) = (x.dims(), weight.dims());
+    let n = b * t;
+    let positions = or_raise(gpu.upload_slice(positions));
+    let (mut inv_rms, mut ages) = (output(gpu, [n]), output(gpu, [n]));
+    let mut dx = want_dx.then(|| output(gpu, x.shape()));
+    let args = [
+        dscores.into(),
+        x.into(),
+        weight.into(),
+        (&positions).into(),
+        (&mut inv_rms).into(),
+        (&mut ages).into(),
+        dx.as_mut().map_or(Arg::U64(0), Arg::from),
+        (n as u32).into(),
+        (t as u32).into(),
+        (m as u32).into(),
+        (gs as u32).into(),
+        eps.into(),
+        RECENCY_UNIT.into(),
+    ];
+    // SAFETY: shapes were checked by the caller.
+    unsafe { run(gpu, &SOURCE, "gate_score_bwd", over_rows(n), &args) };
+    let sums = |x, row_scale, coefficients, n_out, m| ColumnSums { x, y: None, row_scale, coefficients, n_out }.run(n, m);
+    let dweight = sums(x, Some(&inv_rms), Some(dscores), gs, m);
+    let dbias = sums(dscores, None, None, 1, gs).reshape([gs]);
+    let drecency = sums(dscores, Some(&ages), None, 1, gs).reshape([gs]);
+    (dweight, dbias, drecency, dx)
+}

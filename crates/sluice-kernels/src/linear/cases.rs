@@ -1,0 +1,76 @@
+//! The case list of [`selftest`](crate::selftest).
+
+use sluice_tensor::DType;
+use sluice_testkit::Rng;
+
+use super::{bwd_bias, bwd_input, bwd_weight, fwd, naive};
+use crate::selftest::Check;
+
+struct Case {
+    lead: &'static [usize],
+    n_in: usize,
+    n_out: usize,
+}
+
+const CASES: &[Case] = &[
+    Case { lead: &[1], n_in: 1, n_out: 1 },
+    Case { lead: &[2, 3], n_in: 63, n_out: 100 },
+    Case { lead: &[100], n_in: 1000, n_out: 63 },
+    Case { lead: &[1], n_in: 1000, n_out: 1000 },
+    Case { lead: &[5], n_in: 64, n_out: 1 },
+    Case { lead: &[8], n_in: 100, n_out: 333 },
+    Case { lead: &[16], n_in: 100, n_out: 333 },
+    Case { lead: &[17], n_in: 100, n_out: 333 },
+    Case { lead: &[0], n_in: 63, n_out: 5 },
+    Case { lead: &[4], n_in: 0, n_out: 5 },
+    Case { lead: &[4], n_in: 5, n_out: 0 },
+    // More than one block of widened bf16 rows on the CPU.
+    Case { lead: &[7], n_in: 300, n_out: 2000 },
+];
+
+pub(crate) fn run(check: &mut Check<'_>) {
+    for case in CASES {
+        for dtype in [DType::F32, DType::Bf16] {
+            run_case(check, case, dtype);
+        }
+    }
+}
+
+fn run_case(check: &mut Check<'_>, case: &Case, dtype: DType) {
+    check.case("linear", format!("{:?} x [{}, {}] {dtype:?}", case.lead, case.n_out, case.n_in));
+    let mut rng = Rng::new(7);
+    let shape = |last| [case.lead, &[last]].concat();
+    let x = rng.normal_tensor(shape(case.n_in));
+    let w = rng.normal_tensor([case.n_out, case.n_in]).to_dtype(dtype);
+    let bias = rng.normal_tensor([case.n_out]);
+    let dy = rng.normal_tensor(shape(case.n_out));
+    // n roundings of partial sums of magnitude sqrt(n), in random directions.
+    let exact = |n: usize| 2e-7 * n.max(16) as f64;
+    let [x_r, w_r, dy_r] = [&x, &w, &dy].map(|t| check.factor(t));
+    let [x_there, w_there, bias_there, dy_there] = [&x, &w, &bias, &dy].map(|t| check.put(t));
+
+    let y = fwd(&x_there, &w_there, Some(&bias_there));
+    check.require("shape of y", y.shape() == shape(case.n_out));
+    if case.n_in > 0 {
+        let want = naive::fwd(&x, &w, Some(&bias));
+        let allowed = check.allowed(exact(case.n_in), &want, &naive::fwd(&x_r, &w_r, Some(&bias)), 2.0);
+        check.compare("y with bias", &y, &want, allowed);
+        let want = naive::fwd(&x, &w, None);
+        check.compare("y", &fwd(&x_there, &w_there, None), &want, allowed);
+    } else {
+        let want: Vec<f64> = (0..y.len()).map(|i| bias.f32()[i % case.n_out] as f64).collect();
+        check.compare("y of nothing is the bias", &y, &want, check.allowed(0.0, &want, &want, 0.0) + if check.rounds_factors() { 1e-2 } else { 0.0 });
+    }
+    let dx = bwd_input(&dy_there, &w_there);
+    check.require("shape of dx", dx.shape() == x.shape());
+    if case.n_out > 0 {
+        let want = naive::bwd_input(&dy, &w);
+        let allowed = check.allowed(exact(case.n_out), &want, &naive::bwd_input(&dy_r, &w_r), 3.0);
+        check.compare("dx", &dx, &want, allowed);
+    }
+    let n_rows = case.lead.iter().product();
+    let want = naive::bwd_weight(&dy, &x);
+    let allowed = check.allowed(exact(n_rows), &want, &naive::bwd_weight(&dy_r, &x_r), 3.0);
+    check.compare("dw", &bwd_weight(&dy_there, &x_there), &want, allowed);
+    check.compare("db", &bwd_bias(&dy_there), &naive::bwd_bias(&dy), exact(n_rows));
+}

@@ -1,0 +1,46 @@
+//! Three products of cuBLASLt; the bias rides on the first.
+
+use std::sync::Arc;
+
+use sluice_tensor::Tensor;
+use sluice_tensor::cuda::{Epilogue, Gpu, Mat, gemm};
+
+use crate::launch::{ColumnSums, output};
+
+/// `y [n_rows, N]`.
+pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, n_rows: usize, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let [n_out, n_in] = w.dims();
+    let mut y = output(gpu, [n_rows, n_out]);
+    gemm(Mat::new(x, n_rows, n_in), Mat::new(w, n_out, n_in).t(), &mut y, 0, n_out, Epilogue { bias, accumulate: false });
+    match bias {
+        // An empty product has no epilogue to add the bias in.
+        Some(bias) if n_in == 0 => {
+            let ones = Tensor::full(1.0, [n_rows, 1]).to(&w.device());
+            gemm(Mat::new(&ones, n_rows, 1), Mat::new(bias, 1, n_out), &mut y, 0, n_out, Epilogue::default());
+            y
+        }
+        _ => y,
+    }
+}
+
+/// `dx [n_rows, K]`.
+pub(super) fn bwd_input(gpu: &Arc<Gpu>, dy: &Tensor, n_rows: usize, w: &Tensor) -> Tensor {
+    let [n_out, n_in] = w.dims();
+    let mut dx = output(gpu, [n_rows, n_in]);
+    gemm(Mat::new(dy, n_rows, n_out), Mat::new(w, n_out, n_in), &mut dx, 0, n_in, Epilogue::default());
+    dx
+}
+
+/// `dw [N, K]`.
+pub(super) fn bwd_weight(gpu: &Arc<Gpu>, dy: &Tensor, x: &Tensor, n_rows: usize) -> Tensor {
+    let (n_out, n_in) = (dy.last_dim(), x.last_dim());
+    let mut dw = output(gpu, [n_out, n_in]);
+    gemm(Mat::new(dy, n_rows, n_out).t(), Mat::new(x, n_rows, n_in), &mut dw, 0, n_in, Epilogue::default());
+    dw
+}
+
+/// `db [N]`.
+pub(super) fn bwd_bias(dy: &Tensor, n_rows: usize) -> Tensor {
+    let n = dy.last_dim();
+    ColumnSums { x: dy, y: None, row_scale: None, coefficients: None, n_out: 1 }.run(n_rows, n).reshape([n])
+}

@@ -1,0 +1,186 @@
+//! Chunks of rows: a product, one kernel that turns logits into losses and their own gradient, two products back.
+//! The figures per row come to the host at the end, with one wait.
+
+use std::sync::Arc;
+
+use sluice_tensor::Tensor;
+use sluice_tensor::cuda::{Arg, Buffer, Epilogue, Gpu, KernelSource, Mat, gemm, or_raise};
+
+use super::distill::RowLosses;
+use super::{CrossEntropy, Distill, DistillTerms, Wanted, even_chunks, neighbours, weighted_rows};
+use crate::launch::{output, over_elements, run};
+
+const SOURCE: KernelSource = KernelSource { name: "output_head", code: include_str!("output_head.cu") };
+
+/// Bytes of logits held at a time: enough rows that reading all of `w` is cheap beside the product.
+const CHUNK_BYTES: usize = 512 << 20;
+
+fn per_chunk(n: usize, vocab: usize) -> usize {
+    even_chunks(n, (CHUNK_BYTES / 4 / vocab.max(1)).max(1))
+}
+
+/// The given ascending rows of an `[n, M]`: where they lie, if they are neighbours, or a copy.
+struct Rows<'a> {
+    all: &'a [usize],
+    ids: Option<Buffer>,
+}
+
+impl<'a> Rows<'a> {
+    fn new(gpu: &Arc<Gpu>, all: &'a [usize]) -> Self {
+        let ids = || or_raise(gpu.upload_slice(&all.iter().map(|&i| i as u32).collect::<Vec<_>>()));
+        Self { all, ids: neighbours(all).is_none().then(ids) }
+    }
+
+    /// Work on `[rows, M]` of `h`.
+    fn of<R>(&self, gpu: &Arc<Gpu>, h: &Tensor, work: impl FnOnce(Mat<'_>) -> R) -> R {
+        let (n, m) = (self.all.len(), h.last_dim());
+        let Some(ids) = &self.ids else {
+            return work(Mat::within(h, self.all[0] * m, n, m, m));
+        };
+        let mut gathered = output(gpu, [n, m]);
+        let args = [h.into(), ids.into(), (&mut gathered).into(), ((n * m) as u64).into(), (m as u32).into()];
+        // SAFETY: `ids` are rows of `h`.
+        unsafe { run(gpu, &SOURCE, "gather_rows", over_elements(n * m), &args) };
+        work(Mat::new(&gathered, n, m))
+    }
+
+    /// `dh[rows] = dz w`.
+    fn project_back(&self, gpu: &Arc<Gpu>, dz: &Tensor, w: &Tensor, dh: &mut Tensor) {
+        let ([vocab, m], n) = (w.dims(), self.all.len());
+        let (dz, w) = (Mat::within(dz, 0, n, vocab, vocab), Mat::new(w, vocab, m));
+        let Some(ids) = &self.ids else {
+            return gemm(dz, w, dh, self.all[0] * m, m, Epilogue::default());
+        };
+        let mut rows = output(gpu, [n, m]);
+        gemm(dz, w, &mut rows, 0, m, Epilogue::default());
+        let args = [(&rows).into(), ids.into(), dh.into(), ((n * m) as u64).into(), (m as u32).into()];
+        // SAFETY: `ids` are rows of `dh`, each once.
+        unsafe { run(gpu, &SOURCE, "scatter_rows", over_elements(n * m), &args) };
+    }
+}
+
+struct Gradients {
+    dh: Option<Tensor>,
+    dw: Option<Tensor>,
+    is_zero: bool,
+}
+
+impl Gradients {
+    fn new(h: &Tensor, w: &Tensor, wanted: Wanted) -> Self {
+        let zeros = |x: &Tensor| Tensor::zeros_on(&x.device(), x.shape());
+        Self { dh: wanted.input.then(|| zeros(h)), dw: wanted.weight.then(|| zeros(w)), is_zero: true }
+    }
+
+    fn add(&mut self, gpu: &Arc<Gpu>, dz: &Tensor, rows: &Rows<'_>, h: &Tensor, w: &Tensor) {
+        let [vocab, m] = w.dims();
+        if let Some(dh) = &mut self.dh {
+            rows.project_back(gpu, dz, w, dh);
+        }
+        if let Some(dw) = &mut self.dw {
+            let dz = Mat::within(dz, 0, rows.all.len(), vocab, vocab);
+            rows.of(gpu, h, |h| gemm(dz.t(), h, dw, 0, m, Epilogue { accumulate: !self.is_zero, bias: None }));
+        }
+        self.is_zero = false;
+    }
+}
+
+/// `z [rows, V] = h[rows] w^T`.
+fn project(gpu: &Arc<Gpu>, rows: &Rows<'_>, h: &Tensor, w: &Tensor, z: &mut Tensor) {
+    let [vocab, m] = w.dims();
+    rows.of(gpu, h, |h| gemm(h, Mat::new(w, vocab, m).t(), z, 0, vocab, Epilogue::default()));
+}
+
+fn pick<T: Copy>(values: &[T], rows: &[usize]) -> Vec<T> {
+    rows.iter().map(|&i| values[i]).collect()
+}
+
+pub(super) fn cross_entropy(gpu: &Arc<Gpu>, h: &Tensor, w: &Tensor, targets: &[u32], weights: &[f32], grads: Wanted) -> CrossEntropy {
+    let vocab = w.shape()[0];
+    let active = weighted_rows(weights);
+    let per_chunk = per_chunk(active.len(), vocab);
+    let mut gradients = Gradients::new(h, w, grads);
+    let results = or_raise(gpu.alloc(active.len() * 12));
+    let (row_targets, row_weights) =
+        (or_raise(gpu.upload_slice(&pick(targets, &active))), or_raise(gpu.upload_slice(&pick(weights, &active))));
+    let mut z = output(gpu, [per_chunk.min(active.len()), vocab]);
+    for (i, chunk) in active.chunks(per_chunk).enumerate() {
+        let rows = Rows::new(gpu, chunk);
+        project(gpu, &rows, h, w, &mut z);
+        let first = (i * per_chunk) as u64;
+        let args: [Arg; 6] = [
+            (&mut z).into(),
+            (row_targets.address() + 4 * first).into(),
+            (row_weights.address() + 4 * first).into(),
+            (results.address() + 12 * first).into(),
+            (vocab as u32).into(),
+            u32::from(grads.any()).into(),
+        ];
+        // SAFETY: a block per row of the chunk; the caller checked the targets.
+        unsafe { run(gpu, &SOURCE, "cross_entropy", [chunk.len() as u32, 1, 1], &args) };
+        if grads.any() {
+            gradients.add(gpu, &z, &rows, h, w);
+        }
+    }
+    drop(z);
+    let n = weights.len();
+    let (mut nll, mut top1, mut max_prob) = (vec![0.0; n], vec![u32::MAX; n], vec![0.0; n]);
+    let results: Vec<u32> = or_raise(gpu.download_slice(&results));
+    for (&i, row) in active.iter().zip(results.chunks_exact(3)) {
+        (nll[i], top1[i], max_prob[i]) = (f32::from_bits(row[0]), row[1], f32::from_bits(row[2]));
+    }
+    CrossEntropy { nll, top1, max_prob, dh: gradients.dh, dw: gradients.dw }
+}
+
+pub(super) fn distill(
+    gpu: &Arc<Gpu>,
+    [h_s, w_s, h_t, w_t]: [&Tensor; 4],
+    targets: Option<&[u32]>,
+    weights: &[f32],
+    terms: DistillTerms,
+    grads: Wanted,
+) -> Distill {
+    let vocab = w_s.shape()[0];
+    let active = weighted_rows(weights);
+    let per_chunk = per_chunk(active.len(), 2 * vocab);
+    let mut gradients = Gradients::new(h_s, w_s, grads);
+    let results = or_raise(gpu.alloc(active.len() * 24));
+    let row_targets = targets.map(|t| or_raise(gpu.upload_slice(&pick(t, &active))));
+    let row_weights = or_raise(gpu.upload_slice(&pick(weights, &active)));
+    let shape = [per_chunk.min(active.len()), vocab];
+    let (mut z_s, mut z_t) = (output(gpu, shape), output(gpu, shape));
+    for (i, chunk) in active.chunks(per_chunk).enumerate() {
+        let rows = Rows::new(gpu, chunk);
+        project(gpu, &rows, h_s, w_s, &mut z_s);
+        project(gpu, &rows, h_t, w_t, &mut z_t);
+        let first = (i * per_chunk) as u64;
+        let args: [Arg; 14] = [
+            (&mut z_s).into(),
+            (&z_t).into(),
+            row_targets.as_ref().map_or(0, |t| t.address() + 4 * first).into(),
+            (row_weights.address() + 4 * first).into(),
+            (results.address() + 24 * first).into(),
+            (vocab as u32).into(),
+            u32::from(grads.any()).into(),
+            terms.kl.into(),
+            terms.ce.into(),
+            terms.boundary.into(),
+            terms.temperature.into(),
+            terms.margin_cap.into(),
+            terms.boundary_delta.into(),
+            terms.boundary_width.into(),
+        ];
+        // SAFETY: a block per row of the chunk; the caller checked the targets.
+        unsafe { run(gpu, &SOURCE, "distill", [chunk.len() as u32, 1, 1], &args) };
+        if grads.any() {
+            gradients.add(gpu, &z_s, &rows, h_s, w_s);
+        }
+    }
+    drop((z_s, z_t));
+    let mut all = vec![RowLosses::default(); weights.len()];
+    let results: Vec<u32> = or_raise(gpu.download_slice(&results));
+    for (&i, row) in active.iter().zip(results.chunks_exact(6)) {
+        let [kl, boundary, nll_student, nll_teacher] = [0, 1, 2, 3].map(|k| f32::from_bits(row[k]));
+        all[i] = RowLosses { kl, boundary, nll_student, nll_teacher, agree: row[4] != 0, top1_student: row[5] };
+    }
+    RowLosses::into_distill(all, targets.is_some(), gradients.dh, gradients.dw)
+}

@@ -1,0 +1,41 @@
+//! The few kernels that tensors themselves need: another format, a constant.
+
+use std::sync::Arc;
+
+use super::compile::KernelSource;
+use super::error::or_raise;
+use super::gpu::{Arg, Gpu};
+use crate::tensor::{DType, Tensor};
+
+const SOURCE: KernelSource = KernelSource { name: "elementwise", code: include_str!("elementwise.cu") };
+
+const THREADS: u32 = 256;
+
+/// Elements `offset..offset + n` of a tensor as another format, `[n]`.
+pub(crate) fn convert(x: &Tensor, offset: usize, n: usize, dtype: DType) -> Tensor {
+    assert!(offset + n <= x.len(), "elements {offset} to {} of {:?}", offset + n, x.shape());
+    let gpu = Arc::clone(x.gpu().expect("conversion on the GPU"));
+    let mut y = Tensor::empty_on(&gpu, [n], dtype);
+    let name = match (x.dtype(), dtype) {
+        (DType::F32, DType::Bf16) => "narrow",
+        (DType::Bf16, DType::F32) => "widen",
+        (from, to) => unreachable!("conversion of {from:?} to {to:?}"),
+    };
+    let from = x.address() + (offset * x.dtype().size()) as u64;
+    run(&gpu, name, n, &[Arg::U64(from), Arg::U64(y.address_mut()), Arg::U64(n as u64)]);
+    y
+}
+
+/// Set `n` elements of an f32 tensor from `offset` on.
+pub(crate) fn fill_range(x: &mut Tensor, offset: usize, n: usize, value: f32) {
+    assert!(offset + n <= x.len() && x.dtype() == DType::F32, "filling {offset} to {} of {x:?}", offset + n);
+    let gpu = Arc::clone(x.gpu().expect("filling on the GPU"));
+    let to = x.address_mut() + 4 * offset as u64;
+    run(&gpu, "fill", n, &[Arg::U64(to), Arg::F32(value), Arg::U64(n as u64)]);
+}
+
+fn run(gpu: &Gpu, name: &str, n: usize, args: &[Arg]) {
+    let blocks = n.div_ceil(THREADS as usize * 4).min(1 << 20) as u32;
+    // SAFETY: both addresses have room for `n` elements, as checked above, and the kernels stop there.
+    or_raise(gpu.function(&SOURCE, name).and_then(|f| unsafe { gpu.launch(f, [blocks, 1, 1], [THREADS, 1, 1], 0, args) }));
+}

@@ -1,0 +1,279 @@
+//! The matrix product on the GPU: cuBLASLt, row-major, f32 results. Factors are what the GPU's [`Precision`] says; sums are f32.
+//!
+//! cuBLASLt thinks in columns: a row-major `c = a b` is its `c^T = b^T a^T` on the same memory, so `b` is its first factor.
+//! The choice of algorithm is asked for once per shape and kept; it depends on nothing but the shape, so a product has the
+//! same bits every time.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use cudarc::cublaslt::{result, sys};
+use cudarc::driver;
+
+use super::error::{Context, CudaError, or_raise};
+use super::gpu::{Gpu, Precision};
+use crate::tensor::{DType, Tensor};
+
+/// NVIDIA's advice for Hopper; a split sum over a long inner dimension needs some of it.
+const WORKSPACE: usize = 32 << 20;
+
+/// A row-major matrix in a tensor on a GPU, or its transpose.
+#[derive(Clone, Copy)]
+pub struct Mat<'a> {
+    tensor: &'a Tensor,
+    /// Elements before the first.
+    offset: usize,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    transposed: bool,
+}
+
+impl<'a> Mat<'a> {
+    /// The whole of a tensor as `[rows, cols]`.
+    #[track_caller]
+    pub fn new(tensor: &'a Tensor, rows: usize, cols: usize) -> Self {
+        assert_eq!(tensor.len(), rows * cols, "a tensor of shape {:?} as a matrix [{rows}, {cols}]", tensor.shape());
+        Self::within(tensor, 0, rows, cols, cols)
+    }
+
+    /// `[rows, cols]` from element `offset` on, rows `row_stride` elements apart.
+    #[track_caller]
+    pub fn within(tensor: &'a Tensor, offset: usize, rows: usize, cols: usize, row_stride: usize) -> Self {
+        assert!(row_stride >= cols, "rows of {cols} elements overlap at stride {row_stride}");
+        let end = if rows == 0 || cols == 0 { 0 } else { offset + (rows - 1) * row_stride + cols };
+        assert!(end <= tensor.len(), "[{rows}, {cols}] from {offset} with row stride {row_stride} in a tensor of {:?}", tensor.shape());
+        Self { tensor, offset, rows, cols, row_stride, transposed: false }
+    }
+
+    /// The transpose, without moving anything.
+    pub fn t(self) -> Self {
+        Self { transposed: !self.transposed, ..self }
+    }
+
+    fn shape(&self) -> (usize, usize) {
+        if self.transposed { (self.cols, self.rows) } else { (self.rows, self.cols) }
+    }
+
+    /// Elements from the first to the last.
+    fn span(&self) -> usize {
+        (self.rows - 1) * self.row_stride + self.cols
+    }
+
+    /// The factor in `dtype`, converted if need be; the tensor that holds it, and the offset in elements.
+    fn in_format(&self, dtype: DType) -> (Tensor, usize) {
+        if self.tensor.dtype() == dtype {
+            return (self.tensor.clone(), self.offset);
+        }
+        let converted = super::elementwise::convert(self.tensor, self.offset, self.span(), dtype);
+        (converted, 0)
+    }
+}
+
+/// What happens to a product before it is stored.
+#[derive(Clone, Copy, Default)]
+pub struct Epilogue<'a> {
+    /// Add to what is there instead of overwriting it.
+    pub accumulate: bool,
+    /// `[n]`, added to every row.
+    pub bias: Option<&'a Tensor>,
+}
+
+/// `c = a b + bias`, into the `[m, n]` of f32 `c` from element `offset` on, rows `row_stride` elements apart.
+/// `a` and `b` are f32 or bf16. A dimension of 0 inside gives zeros and the bias is not added.
+#[track_caller]
+pub fn gemm(a: Mat<'_>, b: Mat<'_>, c: &mut Tensor, offset: usize, row_stride: usize, epilogue: Epilogue<'_>) {
+    let ((m, k), (k_b, n)) = (a.shape(), b.shape());
+    assert_eq!(k, k_b, "product of [{m}, {k}] and [{k_b}, {n}]");
+    assert_eq!(c.dtype(), DType::F32, "the result of a product is f32");
+    let gpu = Arc::clone(c.gpu().expect("the result of a product on the GPU lies there"));
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(row_stride >= n && offset + (m - 1) * row_stride + n <= c.len(), "[{m}, {n}] from {offset} by {row_stride} in {:?}", c.shape());
+    if let Some(bias) = epilogue.bias {
+        assert_eq!((bias.shape(), bias.dtype()), (&[n][..], DType::F32), "bias of a product with {n} columns");
+    }
+    if k == 0 {
+        assert!(row_stride == n, "an empty product is written to contiguous memory");
+        if !epilogue.accumulate {
+            super::elementwise::fill_range(c, offset, m * n, 0.0);
+        }
+        return;
+    }
+    let both_narrow = a.tensor.dtype() == DType::Bf16 && b.tensor.dtype() == DType::Bf16;
+    let format = if both_narrow || gpu.precision() == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
+    let ((a_tensor, a_offset), (b_tensor, b_offset)) = (a.in_format(format), b.in_format(format));
+    let c_address = c.address_mut() + 4 * offset as u64;
+    let addresses = [
+        b_tensor.address() + (b_offset * format.size()) as u64,
+        a_tensor.address() + (a_offset * format.size()) as u64,
+        c_address,
+    ];
+    let key = Key {
+        m,
+        k,
+        n,
+        strides: [b.row_stride, a.row_stride, row_stride],
+        transposed: [b.transposed, a.transposed],
+        format,
+        precision: gpu.precision(),
+        with_bias: epilogue.bias.is_some(),
+        alignment: addresses.map(|address| 1 << address.trailing_zeros().min(8)),
+    };
+    let bias = epilogue.bias.map(Tensor::address);
+    or_raise(gpu.bind().and_then(|()| gpu.blas.lock().expect("no panic inside a product").run(&gpu, &key, addresses, bias, epilogue.accumulate)));
+}
+
+/// Everything that the choice of an algorithm depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Key {
+    m: usize,
+    k: usize,
+    n: usize,
+    /// Of cuBLASLt's first factor, second factor and result.
+    strides: [usize; 3],
+    transposed: [bool; 2],
+    format: DType,
+    precision: Precision,
+    with_bias: bool,
+    alignment: [u32; 3],
+}
+
+/// cuBLASLt, its workspace and the algorithms chosen so far.
+pub(super) struct Blas {
+    handle: sys::cublasLtHandle_t,
+    plans: HashMap<Key, Plan>,
+    /// One for all products: they run one after the other in the one stream.
+    workspace: driver::sys::CUdeviceptr,
+}
+
+/// Descriptors and algorithm of one shape.
+struct Plan {
+    product: sys::cublasLtMatmulDesc_t,
+    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl Blas {
+    /// The context must be current, and the library be there.
+    pub(super) fn new() -> Result<Self, CudaError> {
+        let handle = result::create_handle().map_err(|e| CudaError::call("starting cuBLASLt", e))?;
+        // SAFETY: plain allocation, released in `destroy`. It is the library's, so tensors do not count it.
+        let workspace = unsafe { driver::result::malloc_sync(WORKSPACE) }.during("allocating cuBLASLt's workspace")?;
+        Ok(Self { handle, plans: HashMap::new(), workspace })
+    }
+
+    fn run(&mut self, gpu: &Gpu, key: &Key, addresses: [u64; 3], bias: Option<u64>, accumulate: bool) -> Result<(), CudaError> {
+        let failed = |e| CudaError::call(format!("the product of [{}, {}] and [{}, {}]", key.m, key.k, key.k, key.n), e);
+        if !self.plans.contains_key(key) {
+            let plan = Plan::choose(self.handle, key).map_err(failed)?;
+            self.plans.insert(*key, plan);
+        }
+        let plan = &self.plans[key];
+        let [first, second, result] = addresses;
+        let (one, beta) = (1.0f32, if accumulate { 1.0f32 } else { 0.0 });
+        // SAFETY: the descriptors were made for these shapes, `gemm` checked that they lie within their tensors, and the stream runs in order.
+        unsafe {
+            if let Some(bias) = bias {
+                let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+                result::set_matmul_desc_attribute(plan.product, attribute, (&raw const bias).cast(), 8).map_err(failed)?;
+            }
+            result::matmul(
+                self.handle,
+                plan.product,
+                (&raw const one).cast(),
+                (&raw const beta).cast(),
+                first as *const _,
+                plan.layouts[0],
+                second as *const _,
+                plan.layouts[1],
+                result as *const _,
+                plan.layouts[2],
+                result as *mut _,
+                plan.layouts[2],
+                &plan.algorithm,
+                self.workspace as *mut _,
+                WORKSPACE,
+                gpu.stream.cast(),
+            )
+            .map_err(failed)
+        }
+    }
+
+    /// # Safety
+    /// The context is current, and no product is in flight or will be asked for.
+    pub(super) unsafe fn destroy(&mut self) {
+        // SAFETY: made here, released once. There is nothing to do about a failure.
+        unsafe {
+            for (_, plan) in self.plans.drain() {
+                plan.destroy();
+            }
+            let _ = result::destroy_handle(self.handle);
+            let _ = driver::result::free_sync(self.workspace);
+        }
+    }
+}
+
+impl Plan {
+    fn choose(handle: sys::cublasLtHandle_t, key: &Key) -> Result<Self, result::CublasError> {
+        use sys::cublasComputeType_t as Compute;
+        use sys::cublasLtMatmulDescAttributes_t as Desc;
+        use sys::cublasLtMatmulPreferenceAttributes_t as Pref;
+        use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
+        let compute = match (key.format, key.precision) {
+            (DType::F32, Precision::Tf32) => Compute::CUBLAS_COMPUTE_32F_FAST_TF32,
+            _ => Compute::CUBLAS_COMPUTE_32F,
+        };
+        let format = if key.format == DType::Bf16 { CUDA_R_16BF } else { CUDA_R_32F };
+        // As cuBLASLt sees it: the first factor is b^T [n, k], the second a^T [k, m]; row-major memory is its column-major transpose.
+        let stored = |rows: usize, cols: usize, transposed: bool| if transposed { (cols, rows) } else { (rows, cols) };
+        let (first, second) = (stored(key.n, key.k, key.transposed[0]), stored(key.k, key.m, key.transposed[1]));
+        let layout = |format, (rows, cols): (usize, usize), stride| result::create_matrix_layout(format, rows as u64, cols as u64, stride as i64);
+        // SAFETY: attributes have the sizes that cuBLASLt documents (i32 for operations and the epilogue, u64 and u32 for preferences).
+        unsafe {
+            let product = result::create_matmul_desc(compute, CUDA_R_32F)?;
+            for (attribute, transposed) in
+                [Desc::CUBLASLT_MATMUL_DESC_TRANSA, Desc::CUBLASLT_MATMUL_DESC_TRANSB].into_iter().zip(key.transposed)
+            {
+                let operation = i32::from(transposed);
+                result::set_matmul_desc_attribute(product, attribute, (&raw const operation).cast(), 4)?;
+            }
+            if key.with_bias {
+                let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
+                result::set_matmul_desc_attribute(product, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, (&raw const epilogue).cast(), 4)?;
+            }
+            let layouts = [
+                layout(format, first, key.strides[0])?,
+                layout(format, second, key.strides[1])?,
+                layout(CUDA_R_32F, (key.n, key.m), key.strides[2])?,
+            ];
+            let preference = result::create_matmul_pref()?;
+            let workspace = WORKSPACE as u64;
+            result::set_matmul_pref_attribute(preference, Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const workspace).cast(), 8)?;
+            let [a, b, c] = key.alignment;
+            for (attribute, alignment) in [
+                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
+                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
+                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c),
+                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, c),
+            ] {
+                result::set_matmul_pref_attribute(preference, attribute, (&raw const alignment).cast(), 4)?;
+            }
+            let [l0, l1, l2] = layouts;
+            let chosen = result::get_matmul_algo_heuristic(handle, product, l0, l1, l2, l2, preference);
+            result::destroy_matmul_pref(preference)?;
+            Ok(Self { product, layouts, algorithm: chosen?.algo })
+        }
+    }
+
+    unsafe fn destroy(self) {
+        // SAFETY: made in `choose`, released here alone.
+        unsafe {
+            let _ = result::destroy_matmul_desc(self.product);
+            for layout in self.layouts {
+                let _ = result::destroy_matrix_layout(layout);
+            }
+        }
+    }
+}
