@@ -37,13 +37,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.json {
         let row = |o: &Outcome| json!({"op": o.op, "case": o.case, "output": o.output, "error": o.error, "allowed": o.allowed, "passes": o.passes()});
         let rows: Vec<_> = outcomes.iter().map(row).collect();
-        println!("{}", json!({"device": name, "precision": precision, "compared": outcomes.len(), "failed": failed.len(), "outcomes": rows}));
+        println!(
+            "{}",
+            json!({"device": name, "precision": precision, "compared": outcomes.len(), "failed": failed.len(), "outcomes": rows})
+        );
     } else {
         let shown = if args.all { outcomes.iter().collect() } else { worst_of_each_output(&outcomes) };
-        println!("{:<16} {:<34} {:<34} {:>9} {:>9}", "op", "output", "case", "error", "allowed");
+        println!("{:<14} {:<42} {:<38} {:>9} {:>9}", "op", "output", "case", "error", "allowed");
         for o in shown.iter().chain(if args.all { [].iter() } else { failed.iter() }) {
             let verdict = if o.passes() { "" } else { "  FAILED" };
-            println!("{:<16} {:<34} {:<34} {:>9.2e} {:>9.2e}{verdict}", o.op, o.output, o.case, o.error, o.allowed);
+            println!("{:<14} {:<42} {:<38} {:>9.2e} {:>9.2e}{verdict}", o.op, o.output, o.case, o.error, o.allowed);
         }
         println!("{} comparisons on {name}, factors of products in {precision}: {} failed", outcomes.len(), failed.len());
     }
@@ -68,7 +71,8 @@ fn worst_of_each_output(outcomes: &[Outcome]) -> Vec<&Outcome> {
 /// An allocation that cannot fit must be refused with an account, and leave the device usable.
 fn memory_outcome(gpu: &std::sync::Arc<Gpu>) -> Outcome {
     let refused = matches!(gpu.alloc(gpu.info().memory * 2), Err(CudaError::OutOfMemory { .. }));
-    let usable = gpu.upload_slice(&[1.0f32, 2.0]).and_then(|buffer| gpu.download_slice::<f32>(&buffer)).is_ok_and(|back| back == [1.0, 2.0]);
+    let usable =
+        gpu.upload_slice(&[1.0f32, 2.0]).and_then(|buffer| gpu.download_slice::<f32>(&buffer)).is_ok_and(|back| back == [1.0, 2.0]);
     let error = if refused && usable && gpu.current_bytes() == 0 { 0.0 } else { f64::INFINITY };
     Outcome { op: "memory", case: "twice the GPU's memory".into(), output: "refused, nothing leaks, usable after", error, allowed: 0.0 }
 }

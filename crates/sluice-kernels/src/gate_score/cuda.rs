@@ -10,15 +10,7 @@ use crate::launch::{ColumnSums, output, over_rows, run};
 
 const SOURCE: KernelSource = KernelSource { name: "gate_score", code: include_str!("gate_score.cu") };
 
-pub(super) fn fwd(
-    gpu: &Arc<Gpu>,
-    x: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
-    recency: &Tensor,
-    positions: &[u32],
-    eps: f32,
-) -> Tensor {
+pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, weight: &Tensor, bias: &Tensor, recency: &Tensor, positions: &[u32], eps: f32) -> Tensor {
     let ([b, t, m], [gs, _]) = (x.dims(), weight.dims());
     let positions = or_raise(gpu.upload_slice(positions));
     let mut scores = output(gpu, [b, t, gs]);

@@ -12,15 +12,7 @@ const SOURCE: KernelSource = KernelSource { name: "rms_norm", code: include_str!
 pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, weight: Option<&Tensor>, eps: f32) -> (Tensor, Tensor) {
     let (m, n_rows) = (x.last_dim(), x.n_rows());
     let (mut y, mut inv_rms) = (output(gpu, x.shape()), output(gpu, [n_rows]));
-    let args = [
-        x.into(),
-        optional(weight),
-        (&mut y).into(),
-        (&mut inv_rms).into(),
-        (n_rows as u32).into(),
-        (m as u32).into(),
-        eps.into(),
-    ];
+    let args = [x.into(), optional(weight), (&mut y).into(), (&mut inv_rms).into(), (n_rows as u32).into(), (m as u32).into(), eps.into()];
     // SAFETY: `y` has the shape of `x`, `weight` (checked by the caller) its last, `inv_rms` an element per row.
     unsafe { run(gpu, &SOURCE, "rms_norm_fwd", over_rows(n_rows), &args) };
     (y, inv_rms)
@@ -29,8 +21,7 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, weight: Option<&Tensor>, eps: f32)
 pub(super) fn bwd(gpu: &Arc<Gpu>, dy: &Tensor, x: &Tensor, weight: Option<&Tensor>, inv_rms: &Tensor) -> (Tensor, Option<Tensor>) {
     let (m, n_rows) = (x.last_dim(), x.n_rows());
     let mut dx = output(gpu, x.shape());
-    let args =
-        [dy.into(), x.into(), optional(weight), inv_rms.into(), (&mut dx).into(), (n_rows as u32).into(), (m as u32).into()];
+    let args = [dy.into(), x.into(), optional(weight), inv_rms.into(), (&mut dx).into(), (n_rows as u32).into(), (m as u32).into()];
     // SAFETY: all but `weight` have the rows of `x`, checked by the caller.
     unsafe { run(gpu, &SOURCE, "rms_norm_bwd", over_rows(n_rows), &args) };
     let dweight = weight.map(|w| {

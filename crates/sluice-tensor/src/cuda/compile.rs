@@ -169,7 +169,8 @@ fn target((major, minor): (u32, u32), supported: &[u32]) -> Result<Target, CudaE
         return Ok(Target::Machine(format!("sm_{arch}{suffix}")));
     }
     let older = supported.iter().copied().filter(|&a| a <= arch).max();
-    let newest = older.ok_or_else(|| CudaError::Missing(format!("this NVRTC serves {supported:?} and not compute capability {major}.{minor}")))?;
+    let newest =
+        older.ok_or_else(|| CudaError::Missing(format!("this NVRTC serves {supported:?} and not compute capability {major}.{minor}")))?;
     Ok(Target::Virtual(format!("compute_{newest}")))
 }
 

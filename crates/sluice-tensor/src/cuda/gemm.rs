@@ -105,11 +105,8 @@ pub fn gemm(a: Mat<'_>, b: Mat<'_>, c: &mut Tensor, offset: usize, row_stride: u
     let format = if both_narrow || gpu.precision() == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
     let ((a_tensor, a_offset), (b_tensor, b_offset)) = (a.in_format(format), b.in_format(format));
     let c_address = c.address_mut() + 4 * offset as u64;
-    let addresses = [
-        b_tensor.address() + (b_offset * format.size()) as u64,
-        a_tensor.address() + (a_offset * format.size()) as u64,
-        c_address,
-    ];
+    let addresses =
+        [b_tensor.address() + (b_offset * format.size()) as u64, a_tensor.address() + (a_offset * format.size()) as u64, c_address];
     let key = Key {
         m,
         k,
@@ -122,7 +119,9 @@ pub fn gemm(a: Mat<'_>, b: Mat<'_>, c: &mut Tensor, offset: usize, row_stride: u
         alignment: addresses.map(|address| 1 << address.trailing_zeros().min(8)),
     };
     let bias = epilogue.bias.map(Tensor::address);
-    or_raise(gpu.bind().and_then(|()| gpu.blas.lock().expect("no panic inside a product").run(&gpu, &key, addresses, bias, epilogue.accumulate)));
+    or_raise(
+        gpu.bind().and_then(|()| gpu.blas.lock().expect("no panic inside a product").run(&gpu, &key, addresses, bias, epilogue.accumulate)),
+    );
 }
 
 /// Everything that the choice of an algorithm depends on.
@@ -229,7 +228,8 @@ impl Plan {
         // As cuBLASLt sees it: the first factor is b^T [n, k], the second a^T [k, m]; row-major memory is its column-major transpose.
         let stored = |rows: usize, cols: usize, transposed: bool| if transposed { (cols, rows) } else { (rows, cols) };
         let (first, second) = (stored(key.n, key.k, key.transposed[0]), stored(key.k, key.m, key.transposed[1]));
-        let layout = |format, (rows, cols): (usize, usize), stride| result::create_matrix_layout(format, rows as u64, cols as u64, stride as i64);
+        let layout =
+            |format, (rows, cols): (usize, usize), stride| result::create_matrix_layout(format, rows as u64, cols as u64, stride as i64);
         // SAFETY: attributes have the sizes that cuBLASLt documents (i32 for operations and the epilogue, u64 and u32 for preferences).
         unsafe {
             let product = result::create_matmul_desc(compute, CUDA_R_32F)?;
@@ -250,7 +250,12 @@ impl Plan {
             ];
             let preference = result::create_matmul_pref()?;
             let workspace = WORKSPACE as u64;
-            result::set_matmul_pref_attribute(preference, Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const workspace).cast(), 8)?;
+            result::set_matmul_pref_attribute(
+                preference,
+                Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                (&raw const workspace).cast(),
+                8,
+            )?;
             let [a, b, c] = key.alignment;
             for (attribute, alignment) in [
                 (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),

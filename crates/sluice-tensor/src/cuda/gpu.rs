@@ -95,7 +95,10 @@ fn info(ordinal: i32) -> Result<GpuInfo, CudaError> {
     Ok(GpuInfo {
         ordinal: ordinal as usize,
         name: result::device::get_name(device).during("asking a GPU for its name")?,
-        capability: (attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?, attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?),
+        capability: (
+            attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
         // SAFETY: as above.
         memory: unsafe { result::device::total_mem(device) }.during("asking a GPU for its memory")?,
         multiprocessors: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
