@@ -62,7 +62,7 @@ impl HeadShape {
 
     /// Numbers of scratch for each call of [`attend`] that runs at the same time.
     pub fn scratch_len(&self) -> usize {
-        tile::QUERIES * self.rows()
+        tile::QUERIES * (self.rows() + self.value_width()) + ROWS * self.value_width()
     }
 }
 
@@ -106,7 +106,8 @@ pub fn attend(head: &Head<'_>, q: &[f32], n: usize, queries: impl Fn(usize) -> Q
         head.n_slots
     );
     assert!(head.bias.is_none_or(|bias| bias.len() == head.n_slots), "cached_attention: biases of {} slots", head.n_slots);
-    let scratch = &mut scratch[..shape.scratch_len()];
+    let (z, rest) = scratch[..shape.scratch_len()].split_at_mut(tile::QUERIES * shape.rows());
+    let (sums, wide) = rest.split_at_mut(tile::QUERIES * shape.value_width());
     let scale = 1.0 / (shape.head_dim as f32).sqrt();
     let mut first = 0;
     while first < n {
@@ -137,11 +138,11 @@ pub fn attend(head: &Head<'_>, q: &[f32], n: usize, queries: impl Fn(usize) -> Q
         let slots = head.n_slots.div_ceil(ROWS);
         let chunks = slots + seen.div_ceil(ROWS);
         let stride = chunks * ROWS;
-        // SAFETY: sizes are checked above; `scratch` has room for `count` rows of at most `rows` numbers.
-        unsafe { tile::logits(head, q.as_ptr(), set, slots, chunks, scratch.as_mut_ptr()) };
+        // SAFETY: sizes are checked above; `z` has room for `count` rows of at most `rows` numbers, and values are at least as wide as keys.
+        unsafe { tile::logits(head, q.as_ptr(), set, slots, chunks, z.as_mut_ptr(), wide.as_mut_ptr()) };
         let mut inverse_sums = [0.0; tile::QUERIES];
         for (i, query) in set.iter().enumerate() {
-            let z = &mut scratch[i * stride..(i + 1) * stride];
+            let z = &mut z[i * stride..(i + 1) * stride];
             vector_math::scale(&mut z[..], scale);
             if let Some(bias) = head.bias {
                 vector_math::add_assign(&mut z[..head.n_slots], bias);
@@ -152,7 +153,11 @@ pub fn attend(head: &Head<'_>, q: &[f32], n: usize, queries: impl Fn(usize) -> Q
             inverse_sums[i] = 1.0 / vector_math::exp_in_place(z, largest);
         }
         // SAFETY: as above.
-        unsafe { tile::outputs(head, scratch.as_ptr(), set, slots, chunks, &inverse_sums, o.as_mut_ptr()) };
+        unsafe { tile::outputs(head, z.as_ptr(), set, slots, chunks, sums.as_mut_ptr(), wide.as_mut_ptr()) };
+        for ((query, sums), inverse) in set.iter().zip(sums.chunks_exact(shape.value_width())).zip(inverse_sums) {
+            let o = &mut o[query.o..query.o + shape.head_dim];
+            o.iter_mut().zip(sums).for_each(|(o, sum)| *o = sum * inverse);
+        }
         first += count;
     }
 }

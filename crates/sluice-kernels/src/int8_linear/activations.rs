@@ -1,11 +1,17 @@
-//! Activations rounded to int8, one row per token.
+//! Activations rounded to thirteen bits, one row per token.
 
 use super::{Form, GROUPS, Layout};
 use crate::vector_math::vectorised;
 
-/// Room for the int8 form of `capacity` rows of `cols` numbers, allocated once and filled again and again.
+/// Largest activation after rounding. Its sums with int8 weights stay exact in f32 over a group of 32, in i32 over any.
 ///
-/// A row is one run of words: its int8 values in the [`Form`] that the inner loop wants, then per group the bits of its f32 scale, then per group
+/// Eight bits would be 127 and are not enough: their noise was most of what int8 cost (LOG.md). On AVX2 a product of sixteen bits costs
+/// what one of eight does; VNNI takes two of its products instead of one, which a single token, waiting for memory, does not feel.
+pub const LARGEST: f32 = 4095.0;
+
+/// Room for the rounded form of `capacity` rows of `cols` numbers, allocated once and filled again and again.
+///
+/// A row is one run of words: its values in the [`Form`] that the inner loop wants, then per group the bits of its f32 scale, then per group
 /// `-128 sum aq`, which takes back the 128 that every stored weight has too much.
 pub struct QuantisedRows {
     cols: usize,
@@ -20,7 +26,7 @@ impl QuantisedRows {
     #[track_caller]
     pub fn new(capacity: usize, cols: usize, group: usize, form: Form) -> Self {
         assert!(cols > 0 && GROUPS.contains(&group), "int8 activations of {cols} in groups of {group}");
-        Self { cols, group, form, capacity, words: vec![0; capacity * row_words(cols, group, form)] }
+        Self { cols, group, form, capacity, words: vec![0; capacity * row_words(cols, group)] }
     }
 
     /// Rows that fit.
@@ -40,7 +46,7 @@ impl QuantisedRows {
 
     /// Words of one row; rows can be filled in parallel as chunks of this length.
     pub fn row_words(&self) -> usize {
-        row_words(self.cols, self.group, self.form)
+        row_words(self.cols, self.group)
     }
 
     /// Form of the values.
@@ -63,7 +69,7 @@ impl QuantisedRows {
     /// Quantise `x [K]` into the words of one row.
     #[track_caller]
     pub fn quantise(x: &[f32], group: usize, form: Form, row: &mut [i32]) {
-        assert_eq!(row.len(), row_words(x.len(), group, form), "a quantised row of {} numbers", x.len());
+        assert_eq!(row.len(), row_words(x.len(), group), "a quantised row of {} numbers", x.len());
         quantise_row(x, group, form, row);
     }
 
@@ -74,20 +80,12 @@ impl QuantisedRows {
     }
 }
 
-fn row_words(cols: usize, group: usize, form: Form) -> usize {
+fn row_words(cols: usize, group: usize) -> usize {
     let layout = Layout::new(1, cols, group);
-    value_words(&layout, form) + 2 * layout.n_groups()
+    layout.padded_cols() / 2 + 2 * layout.n_groups()
 }
 
-/// Words of a row's values.
-fn value_words(layout: &Layout, form: Form) -> usize {
-    match form {
-        Form::Bytes => layout.padded_cols() / 4,
-        Form::Pairs => layout.padded_cols() / 2,
-    }
-}
-
-/// Parts of a row's words: int8 values in words, scales as bits, surpluses.
+/// Parts of a row's words: values, two words for four of them; scales as bits; surpluses.
 #[derive(Clone, Copy)]
 pub(super) struct Row<'a> {
     pub(super) values: &'a [i32],
@@ -97,35 +95,47 @@ pub(super) struct Row<'a> {
 
 impl<'a> Row<'a> {
     /// Take the words of one row apart.
-    pub(super) fn of(words: &'a [i32], layout: &Layout, form: Form) -> Self {
-        let (values, rest) = words.split_at(value_words(layout, form));
+    pub(super) fn of(words: &'a [i32], layout: &Layout) -> Self {
+        let (values, rest) = words.split_at(layout.padded_cols() / 2);
         let (scales, surplus) = rest.split_at(layout.n_groups());
         Self { values, scales, surplus }
     }
 
     /// Four values that follow each other, whatever the form.
     pub(super) fn four(&self, index: usize, form: Form) -> [i32; 4] {
+        let [first, second] = [self.values[2 * index], self.values[2 * index + 1]];
         match form {
-            Form::Bytes => self.values[index].to_ne_bytes().map(|byte| byte as i8 as i32),
+            Form::Halves => {
+                let (high, low) = (first.to_ne_bytes(), second.to_ne_bytes());
+                std::array::from_fn(|i| 256 * (high[i] as i8 as i32) + low[i] as i8 as i32)
+            }
             Form::Pairs => {
-                let pairs: &[i16] = bytemuck::cast_slice(&self.values[2 * index..2 * index + 2]);
-                [pairs[0], pairs[2], pairs[1], pairs[3]].map(i32::from)
+                let [a, c, b, d] = bytemuck::cast::<[i32; 2], [i16; 4]>([first, second]);
+                [a, b, c, d].map(i32::from)
             }
         }
     }
 }
 
+/// `1.5 * 2^23`: a number below `2^22` that is added to it is rounded to a whole one, ties to even, and stands in the low bits of the sum.
+const ROUNDER: f32 = 12_582_912.0;
+
 vectorised! {
     fn quantise_row(x: &[f32], group: usize, form: Form, row: &mut [i32]) {
         let n_groups = x.len().div_ceil(group);
-        let group_words = if form == Form::Bytes { group / 4 } else { group / 2 };
-        let (values, rest) = row.split_at_mut(n_groups * group_words);
+        let (values, rest) = row.split_at_mut(n_groups * group / 2);
         let (scales, surplus) = rest.split_at_mut(n_groups);
-        for (g, (x, values)) in x.chunks(group).zip(values.chunks_exact_mut(group_words)).enumerate() {
+        for (g, (x, values)) in x.chunks(group).zip(values.chunks_exact_mut(group / 2)).enumerate() {
+            let mut padded = [0.0; GROUPS[GROUPS.len() - 1]];
+            let x = if x.len() == group {
+                x
+            } else {
+                padded[..x.len()].copy_from_slice(x);
+                &padded[..group]
+            };
             // `x * 0` is 0 for every number and NaN for what is not one.
             let (mut lanes, mut probe) = ([0.0f32; 16], [0.0f32; 16]);
-            let (blocks, rest) = x.as_chunks::<16>();
-            for block in blocks {
+            for block in x.as_chunks::<16>().0 {
                 for i in 0..16 {
                     let a = block[i].abs();
                     lanes[i] = if a > lanes[i] { a } else { lanes[i] };
@@ -137,38 +147,33 @@ vectorised! {
                 largest = if lanes[i] > largest { lanes[i] } else { largest };
                 finite += probe[i];
             }
-            for x in rest {
-                largest = if x.abs() > largest { x.abs() } else { largest };
-                finite += x * 0.0;
-            }
             // What is not finite would end as silent nonsense; as a NaN scale it reaches the logits and is seen.
-            let scale = if finite == 0.0 { largest / 127.0 } else { f32::NAN };
+            let scale = if finite == 0.0 { largest / LARGEST } else { f32::NAN };
             let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
             let inverse = if inverse <= f32::MAX { inverse } else { 0.0 };
-            let mut sum = 0i32;
-            let mut rounded = [0i16; 64]; // the largest group
-            for (v, x) in rounded.iter_mut().zip(x) {
-                // Adding and subtracting 1.5 * 2^23 rounds to nearest, ties to even.
-                let q = (x * inverse + 12_582_912.0) - 12_582_912.0;
-                let q = if q > 127.0 { 127.0 } else { q };
-                let q = if q < -127.0 { -127.0 } else { q };
-                let q = q as i32;
-                *v = q as i16;
-                sum += q;
-            }
-            if form == Form::Bytes {
-                let bytes: &mut [i8] = bytemuck::cast_slice_mut(values);
-                for (byte, v) in bytes.iter_mut().zip(&rounded) {
-                    *byte = *v as i8;
+            let mut sums = [0i32; 16];
+            for (x, values) in x.as_chunks::<16>().0.iter().zip(values.as_chunks_mut::<8>().0) {
+                let mut rounded = [0i32; 16];
+                for i in 0..16 {
+                    let q = x[i] * inverse;
+                    let q = if q > LARGEST { LARGEST } else { q };
+                    let q = if q < -LARGEST { -LARGEST } else { q };
+                    rounded[i] = (q + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()) as i32;
+                    sums[i] = sums[i].wrapping_add(rounded[i]);
                 }
-            } else {
-                let pairs: &mut [i16] = bytemuck::cast_slice_mut(values);
-                for (pair, v) in pairs.as_chunks_mut::<4>().0.iter_mut().zip(rounded.as_chunks::<4>().0) {
-                    *pair = [v[0], v[2], v[1], v[3]];
+                for (pair, v) in values.as_chunks_mut::<2>().0.iter_mut().zip(rounded.as_chunks::<4>().0) {
+                    *pair = if form == Form::Halves {
+                        // The low half is a signed byte as well, so the high one takes its carry.
+                        let high = |v: i32| ((v + 128) >> 8) as i8 as u8;
+                        [v.map(high), v.map(|v| v as u8)].map(i32::from_ne_bytes)
+                    } else {
+                        let both = |a: i32, b: i32| bytemuck::cast::<[i16; 2], i32>([a as i16, b as i16]);
+                        [both(v[0], v[2]), both(v[1], v[3])]
+                    };
                 }
             }
             scales[g] = scale.to_bits() as i32;
-            surplus[g] = -128 * sum;
+            surplus[g] = sums.iter().fold(0i32, |sum, &v| sum.wrapping_add(v)).wrapping_mul(-128);
         }
     }
 }

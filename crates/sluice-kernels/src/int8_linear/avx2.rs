@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use super::activations::Row;
-use super::{Form, TILE_ROWS, Task};
+use super::{TILE_ROWS, Task};
 
 /// Rows of a vector.
 const LANES: usize = 8;
@@ -44,7 +44,7 @@ unsafe fn tile_of_tokens<const T: usize, const V: usize>(task: &Task<'_>, tile: 
     let layout = task.weights.layout;
     let (values, scales) = task.weights.tile(tile);
     let words = task.tokens.len() / task.n_tokens;
-    let row = |t: usize| Row::of(&task.tokens[(first + t) * words..(first + t + 1) * words], &layout, Form::Pairs);
+    let row = |t: usize| Row::of(&task.tokens[(first + t) * words..(first + t + 1) * words], &layout);
     let rows: [Row<'_>; T] = std::array::from_fn(row);
     let words_per_group = layout.group / 4;
     let start = task.start(tile);

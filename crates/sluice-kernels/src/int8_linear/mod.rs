@@ -1,8 +1,8 @@
-//! `y = x W^T + b` with int8 weights and activations that are rounded to int8 on the fly.
+//! `y = x W^T + b` with int8 weights and activations that are rounded to thirteen bits on the fly.
 //!
 //! ```text
 //! W[n, k] ~ ws[n, g] wq[n, k]      wq in -127..=127, ws an f16, g the group of `group` inputs that holds k
-//! x[t, k] ~ as[t, g] aq[t, k]      aq in -127..=127, as = max |x| of the group / 127
+//! x[t, k] ~ as[t, g] aq[t, k]      aq in -4095..=4095, as = max |x| of the group / 4095
 //! y[t, n] = b[n] + sum over g of (ws[n, g] as[t, g]) (sum over k of group g of wq[n, k] aq[t, k])
 //! ```
 //!
@@ -18,13 +18,15 @@ mod activations;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512_vnni;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
 mod naive;
 mod pack;
 mod plain;
 #[cfg(test)]
 mod tests;
 
-pub use activations::QuantisedRows;
+pub use activations::{LARGEST, QuantisedRows};
 pub use pack::{PackError, pack};
 
 use crate::worker_team::WorkerTeam;
@@ -133,8 +135,8 @@ impl<'a> PackedMatrix<'a> {
 /// How an inner loop wants the values of the activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// One byte each, in order.
-    Bytes,
+    /// Of four inputs first the high bytes, then the low ones, both signed: `256 high + low`.
+    Halves,
     /// Sixteen bits each, of four inputs `a b c d` in the order `a c b d`: the partners of the weights' even and odd bytes.
     Pairs,
 }
@@ -144,6 +146,8 @@ pub enum Form {
 pub enum InstructionSet {
     /// `vpdpbusd` on 512 bits.
     Avx512Vnni,
+    /// `vpdpbusd` on 256 bits.
+    AvxVnni,
     /// `vpmaddwd` on 256 bits.
     Avx2,
     /// Any machine.
@@ -152,12 +156,13 @@ pub enum InstructionSet {
 
 impl InstructionSet {
     /// All, fastest first.
-    pub const ALL: [Self; 3] = [Self::Avx512Vnni, Self::Avx2, Self::Plain];
+    pub const ALL: [Self; 4] = [Self::Avx512Vnni, Self::AvxVnni, Self::Avx2, Self::Plain];
 
     /// Name in reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::Avx512Vnni => "avx512-vnni",
+            Self::AvxVnni => "avx-vnni",
             Self::Avx2 => "avx2",
             Self::Plain => "plain",
         }
@@ -165,7 +170,7 @@ impl InstructionSet {
 
     /// What its inner loop wants of the activations.
     pub fn form(self) -> Form {
-        if self == Self::Avx2 { Form::Pairs } else { Form::Bytes }
+        if self == Self::Avx2 { Form::Pairs } else { Form::Halves }
     }
 
     /// Whether this machine has it.
@@ -179,9 +184,11 @@ impl InstructionSet {
                     && is_x86_feature_detected!("fma")
             }
             #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => Self::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx512Vnni | Self::Avx2 => false,
+            Self::Avx512Vnni | Self::AvxVnni | Self::Avx2 => false,
             Self::Plain => true,
         }
     }
@@ -229,6 +236,9 @@ impl Task<'_> {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `linear` checked that the machine has the instructions, `PackedMatrix` and `QuantisedRows` their sizes.
             InstructionSet::Avx512Vnni => unsafe { avx512_vnni::run(self, out) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            InstructionSet::AvxVnni => unsafe { avx_vnni::run(self, out) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             InstructionSet::Avx2 => unsafe { avx2::run(self, out) },

@@ -31,6 +31,9 @@ pub(crate) struct Args {
     /// Tokens decoded at each context; the median counts
     #[arg(long, value_name = "N", default_value_t = 64)]
     tokens: usize,
+    /// Inner loops of the int8 products, for comparisons [default: the fastest of this machine]
+    #[arg(long, value_name = "NAME", value_parser = instruction_set)]
+    instructions: Option<InstructionSet>,
     #[command(flatten)]
     routing: RoutingArgs,
     /// Print JSON
@@ -53,6 +56,9 @@ pub(crate) fn run(args: &Args, pass: Pass) -> Result<()> {
     };
     ensure!(args.tokens > 0 && args.context.iter().all(|&n| n > 0), "--tokens and --context start at 1");
     let (mut engine, tokenizer) = open_artifact(&folder, &args.routing, false)?;
+    if let Some(instructions) = args.instructions {
+        engine.set_instructions(instructions)?;
+    }
     let text = match &args.text {
         Some(path) => std::fs::read_to_string(path).with_context(|| format!("cannot read {} as UTF-8 text", path.display()))?,
         None => {
@@ -92,6 +98,11 @@ pub(crate) fn run(args: &Args, pass: Pass) -> Result<()> {
     }
     report(args, pass, &engine, limit, &rows);
     Ok(())
+}
+
+fn instruction_set(name: &str) -> Result<InstructionSet, String> {
+    let names = || InstructionSet::ALL.map(InstructionSet::name).join(", ");
+    InstructionSet::ALL.into_iter().find(|set| set.name() == name).ok_or_else(|| format!("expected one of {}", names()))
 }
 
 /// Median tokens per second of single steps; the tokens are those of the text, since speed does not depend on them.
