@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use rayon::prelude::*;
+use sluice_kernels::add;
 use sluice_tensor::Tensor;
 
 use crate::tape::{Op, Source, Tape, Var};
@@ -126,7 +126,7 @@ impl Tape {
                 Op::InPlace(add_to) => {
                     let upstream = upstream.remove(0).expect("not all are none");
                     let id = node.inputs[0].expect("an op without wanted inputs is not recorded");
-                    let zeros = || Tensor::zeros(recorded.shapes[id].clone());
+                    let zeros = || Tensor::zeros_on(&upstream.device(), recorded.shapes[id].clone());
                     add_to(
                         &upstream,
                         match recorded.param_names.get(&id) {
@@ -152,7 +152,7 @@ impl Tape {
 
 fn add_to_param(params: &mut BTreeMap<String, Tensor>, name: &str, gradient: Tensor) {
     match params.get_mut(name) {
-        Some(sum) => add_in_place(sum, &gradient),
+        Some(sum) => add::assign(sum, &gradient),
         None => {
             params.insert(name.to_owned(), gradient);
         }
@@ -161,16 +161,7 @@ fn add_to_param(params: &mut BTreeMap<String, Tensor>, name: &str, gradient: Ten
 
 fn accumulate(sum: &mut Option<Tensor>, gradient: Tensor) {
     match sum {
-        Some(sum) => add_in_place(sum, &gradient),
+        Some(sum) => add::assign(sum, &gradient),
         None => *sum = Some(gradient),
     }
-}
-
-fn add_in_place(sum: &mut Tensor, gradient: &Tensor) {
-    const CHUNK: usize = 1 << 14;
-    sum.f32_mut().par_chunks_mut(CHUNK).zip(gradient.f32().par_chunks(CHUNK)).for_each(|(sum, gradient)| {
-        for (sum, g) in sum.iter_mut().zip(gradient) {
-            *sum += g;
-        }
-    });
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use sluice_model::Policy;
 use sluice_tensor::Device;
 use sluice_tensor::cuda::{Gpu, Libraries, Options, Precision, list};
 
@@ -32,6 +33,16 @@ impl DeviceArgs {
         }
         Ok(device)
     }
+}
+
+/// Routing does not run on a GPU yet: say so before anything is computed.
+pub(crate) fn require_dense(device: &Device, policy: Policy) -> Result<()> {
+    ensure!(
+        *device == Device::Cpu || policy == Policy::Dense,
+        "policy {} does not run on a GPU yet; give --policy dense or --device cpu",
+        policy.name()
+    );
+    Ok(())
 }
 
 /// The format that `--precision` names.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use sluice_autograd::{Param, Tape, Var};
 use sluice_spec::{GateHeads, ModelConfig, RoutingConfig, tensor_names as names};
-use sluice_tensor::{DType, Tensor};
+use sluice_tensor::{DType, Device, Tensor};
 
 use crate::cache::Cache;
 use crate::checkpoint::{Checkpoint, GateTensors, Gates};
@@ -235,6 +235,19 @@ impl Decoder {
     /// Logits `[n, V]` of hidden states `[n, M]`; for few rows, losses are fused with the projection.
     pub fn logits(&self, h: &Tensor) -> Tensor {
         sluice_kernels::output_head::logits(h, &self.head().value)
+    }
+
+    /// The same model with its weights on a device.
+    pub fn to(mut self, device: &Device) -> Self {
+        for param in self.params_mut() {
+            param.value = param.value.to(device);
+        }
+        self
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.embed.value.device()
     }
 
     /// Every parameter.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use sluice_autograd::Param;
 use sluice_kernels::adamw::{self, AdamW};
-use sluice_tensor::Tensor;
+use sluice_tensor::{Device, Tensor};
 
 use crate::schedule::OptimizerConfig;
 
@@ -21,6 +21,12 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
+    /// The moments on another device.
+    pub fn to(&self, device: &Device) -> Self {
+        let moved = |moments: &BTreeMap<String, Tensor>| moments.iter().map(|(name, t)| (name.clone(), t.to(device))).collect();
+        Self { step: self.step, m: moved(&self.m), v: moved(&self.v) }
+    }
+
     /// Step every trainable parameter that has a gradient, clipped to the global norm, and take that gradient out of `grads`.
     /// `rate` is the learning rate of a parameter, already scheduled. Returns the norm before clipping;
     /// with a norm that is not finite nothing is changed.
@@ -39,7 +45,7 @@ impl Optimizer {
         self.step += 1;
         for param in params.into_iter().filter(|p| p.trainable) {
             let Some(grad) = grads.remove(&param.name) else { continue };
-            let zeros = || Tensor::zeros(param.value.shape());
+            let zeros = || Tensor::zeros_on(&param.value.device(), param.value.shape());
             let m = self.m.entry(param.name.clone()).or_insert_with(zeros);
             let v = self.v.entry(param.name.clone()).or_insert_with(zeros);
             // Norms and biases are scales and offsets: pulling them to zero is not regularisation.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use sluice_autograd::Tape;
 use sluice_model::{AttentionPlan, Decoder, Forward};
 use sluice_spec::ModelConfig;
+use sluice_tensor::Device;
 
 use crate::optimizer::Optimizer;
 use crate::schedule::{OptimizerConfig, warm_up_cosine};
@@ -176,7 +177,14 @@ impl Pretrainer {
         Self { model, config, step: 0, optimizer: Optimizer::default() }
     }
 
-    /// Continue at a saved state, if there is one. Returns whether there was.
+    /// Go on on another device.
+    pub fn to(mut self, device: &Device) -> Self {
+        self.model = self.model.to(device);
+        self.optimizer = self.optimizer.to(device);
+        self
+    }
+
+    /// Continue at a saved state, if there is one, on the device of the present model. Returns whether there was.
     pub fn resume(&mut self, path: &Path) -> Result<bool> {
         let Some((header, mut state)) = snapshot::load::<Header>(path)? else { return Ok(false) };
         // Longer phases are welcome: that is how a run is extended.
@@ -185,10 +193,11 @@ impl Pretrainer {
             "{} belongs to another model; give the same recipe, or another --out",
             path.display()
         );
-        self.optimizer = state.take_optimizer(header.optimizer_step);
+        let device = self.model.device();
+        self.optimizer = state.take_optimizer(header.optimizer_step).to(&device);
         for param in self.model.params_mut() {
             let Some(saved) = state.tensors.remove(&param.name) else { bail!("{} lacks {}", path.display(), param.name) };
-            param.value = saved;
+            param.value = saved.to(&device);
         }
         self.step = header.step;
         Ok(true)
@@ -198,7 +207,7 @@ impl Pretrainer {
     pub fn save(&self, path: &Path) -> Result<()> {
         let mut state = State::default();
         for param in self.model.params() {
-            state.tensors.insert(param.name.clone(), param.value.clone());
+            state.tensors.insert(param.name.clone(), param.value.to(&Device::Cpu));
         }
         state.insert_optimizer(&self.optimizer);
         let header = Header { config: self.config.clone(), step: self.step, optimizer_step: self.optimizer.step };

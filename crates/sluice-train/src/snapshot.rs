@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use sluice_tensor::Tensor;
+use sluice_tensor::{Device, Tensor};
 
 use crate::optimizer::Optimizer;
 
@@ -30,12 +30,12 @@ impl State {
     pub fn insert_optimizer(&mut self, optimizer: &Optimizer) {
         for (kind, moments) in [("m", &optimizer.m), ("v", &optimizer.v)] {
             for (name, tensor) in moments {
-                self.tensors.insert(format!("adamw.{kind}.{name}"), tensor.clone());
+                self.tensors.insert(format!("adamw.{kind}.{name}"), tensor.to(&Device::Cpu));
             }
         }
     }
 
-    /// Take an optimizer's moments out again.
+    /// Take an optimizer's moments out again, in main memory.
     pub fn take_optimizer(&mut self, step: u64) -> Optimizer {
         let mut optimizer = Optimizer { step, ..Default::default() };
         for (name, tensor) in std::mem::take(&mut self.tensors) {

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use sluice_eval::nll::{Nll, window_nll};
 
 use super::needle;
+use crate::device::{self, DeviceArgs};
 use crate::models::{self, RoutingArgs};
 use crate::progress;
 
@@ -38,6 +39,8 @@ pub(crate) struct NllArgs {
     positions_from: usize,
     #[command(flatten)]
     routing: RoutingArgs,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// List the loss of every token, and the windows' token ids
     #[arg(long)]
     per_token: bool,
@@ -56,8 +59,11 @@ pub(crate) fn run(command: &Command) -> Result<()> {
 fn nll(args: &NllArgs) -> Result<()> {
     ensure!(args.context >= 2, "--context is {}; a window needs at least 2 tokens to score one", args.context);
     ensure!(args.positions_from >= 1, "--positions-from is 0; the first token of a window has nothing to be predicted from");
-    let loaded = models::load(&args.model, args.routing.gates.as_deref())?;
+    let device = args.device.open()?;
+    let mut loaded = models::load(&args.model, args.routing.gates.as_deref())?;
     let plan = args.routing.plan(&loaded)?;
+    device::require_dense(&device, plan.policy)?;
+    loaded.model = loaded.model.to(&device);
     let text = std::fs::read_to_string(&args.text).with_context(|| format!("cannot read {} as UTF-8 text", args.text.display()))?;
     let ids = loaded.tokenizer.encode(&text);
     let windows: Vec<Vec<u32>> = ids

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use sluice_tensor::Device;
 use sluice_train::pretrain::{Pretrainer, TrainConfig, TrainStep};
 
+use crate::device::DeviceArgs;
 use crate::progress;
 use crate::training_data::TrainingData;
 
@@ -23,6 +25,8 @@ pub(crate) struct Args {
     /// Print what the run would take and stop
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Save every N steps
     #[arg(long, value_name = "N", default_value_t = 100)]
     save_every: u64,
@@ -45,7 +49,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let state = args.out.join("state.safetensors");
     let log = args.out.join("train.jsonl");
-    let mut trainer = Pretrainer::new(config);
+    let mut trainer = Pretrainer::new(config).to(&args.device.open()?);
     if args.resume && trainer.resume(&state)? {
         eprintln!("continuing at step {}", trainer.step);
     }
@@ -69,6 +73,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     }
     bar.finish_and_clear();
+    trainer.model = trainer.model.to(&Device::Cpu);
     data.export(&trainer.model, &args.out)?;
     println!("{}", args.out.display());
     Ok(())

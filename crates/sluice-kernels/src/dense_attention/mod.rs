@@ -8,7 +8,9 @@
 //! A padding row (`t >= lens[b]`) has `o = 0`, `lse = -inf` and no gradient; rows of `k` and `v` that no
 //! valid query sees are never read. Time is quadratic in `T`, memory linear.
 
+pub(crate) mod cases;
 mod cpu;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;
@@ -21,6 +23,9 @@ use crate::routed_attention::Dims;
 #[track_caller]
 pub fn fwd(q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens: &[usize]) -> (Tensor, Tensor) {
     let dims = check("dense_attention::fwd", q, k, v, start, lens);
+    if let Some(gpu) = q.gpu() {
+        return cuda::fwd(gpu, &dims, q, k, v, start, lens);
+    }
     cpu::fwd(&dims, q, k, v, start, lens)
 }
 
@@ -40,6 +45,9 @@ pub fn bwd(
     assert_eq!(dout.shape(), q.shape(), "dense_attention::bwd: dout against q");
     assert_eq!(o.shape(), q.shape(), "dense_attention::bwd: o against q");
     assert_eq!(lse.shape(), &q.shape()[..3], "dense_attention::bwd: lse against q {:?}", q.shape());
+    if let Some(gpu) = q.gpu() {
+        return cuda::bwd(gpu, &dims, [dout, q, k, v, o, lse], start, lens);
+    }
     cpu::bwd(&dims, dout, q, k, v, o, lse, start, lens)
 }
 

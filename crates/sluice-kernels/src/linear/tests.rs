@@ -5,67 +5,6 @@ use sluice_testkit::{Rng, assert_close, check_gradient, probe_weights};
 use super::*;
 use crate::row_chunks::on_one_and_three_threads;
 
-struct Case {
-    lead: &'static [usize],
-    n_in: usize,
-    n_out: usize,
-}
-
-const CASES: &[Case] = &[
-    Case { lead: &[1], n_in: 1, n_out: 1 },
-    Case { lead: &[2, 3], n_in: 63, n_out: 100 },
-    Case { lead: &[100], n_in: 1000, n_out: 63 },
-    Case { lead: &[1], n_in: 1000, n_out: 1000 },
-    Case { lead: &[5], n_in: 64, n_out: 1 },
-    Case { lead: &[8], n_in: 100, n_out: 333 },
-    Case { lead: &[16], n_in: 100, n_out: 333 },
-    Case { lead: &[17], n_in: 100, n_out: 333 },
-    Case { lead: &[0], n_in: 63, n_out: 5 },
-    Case { lead: &[4], n_in: 0, n_out: 5 },
-    Case { lead: &[4], n_in: 5, n_out: 0 },
-    // More than one block of widened bf16 rows.
-    Case { lead: &[7], n_in: 300, n_out: 2000 },
-];
-
-fn to_f32(x: &[f64]) -> Vec<f32> {
-    x.iter().map(|&x| x as f32).collect()
-}
-
-fn check(case: &Case, dtype: DType) {
-    let what = format!("{:?} x [{}, {}] {dtype:?}", case.lead, case.n_out, case.n_in);
-    let mut rng = Rng::new(7);
-    let shape = |last| [case.lead, &[last]].concat();
-    let x = rng.normal_tensor(shape(case.n_in));
-    let w = rng.normal_tensor([case.n_out, case.n_in]).to_dtype(dtype);
-    let bias = rng.normal_tensor([case.n_out]);
-    let dy = rng.normal_tensor(shape(case.n_out));
-    // n roundings of partial sums of magnitude sqrt(n), in random directions.
-    let tolerance = |n: usize| 2e-7 * n.max(16) as f32;
-
-    let y = fwd(&x, &w, Some(&bias));
-    assert_eq!(y.shape(), shape(case.n_out), "{what}");
-    if case.n_in > 0 {
-        assert_close(&what, y.f32(), &to_f32(&naive::fwd(&x, &w, Some(&bias))), tolerance(case.n_in));
-        assert_close(&what, fwd(&x, &w, None).f32(), &to_f32(&naive::fwd(&x, &w, None)), tolerance(case.n_in));
-    }
-    let dx = bwd_input(&dy, &w);
-    assert_eq!(dx.shape(), x.shape(), "{what}");
-    if case.n_out > 0 {
-        assert_close(&what, dx.f32(), &to_f32(&naive::bwd_input(&dy, &w)), tolerance(case.n_out));
-    }
-    let n_rows = case.lead.iter().product();
-    assert_close(&what, bwd_weight(&dy, &x).f32(), &to_f32(&naive::bwd_weight(&dy, &x)), tolerance(n_rows));
-    assert_close(&what, bwd_bias(&dy).f32(), &to_f32(&naive::bwd_bias(&dy)), tolerance(n_rows));
-}
-
-#[test]
-fn agrees_with_the_naive_twin() {
-    for case in CASES {
-        check(case, DType::F32);
-        check(case, DType::Bf16);
-    }
-}
-
 #[test]
 fn no_inputs_leave_the_bias_and_no_outputs_leave_a_zero_gradient() {
     let bias = Tensor::from_vec(vec![1.0, -2.0], [2]);

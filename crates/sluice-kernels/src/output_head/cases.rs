@@ -6,20 +6,20 @@ use sluice_testkit::Rng;
 use super::{DistillTerms, Wanted, cross_entropy, distill, naive};
 use crate::selftest::Check;
 
-const TERMS: DistillTerms =
+pub(super) const TERMS: DistillTerms =
     DistillTerms { kl: 1.0, ce: 0.3, boundary: 0.7, temperature: 1.0, margin_cap: 5.0, boundary_delta: 2.0, boundary_width: 0.5 };
 
 /// Rows, width of student and teacher, vocabulary, and whether every third row is left out.
-struct Case {
-    n: usize,
-    m_s: usize,
-    m_t: usize,
-    vocab: usize,
-    terms: DistillTerms,
-    gaps: bool,
+pub(super) struct Case {
+    pub(super) n: usize,
+    pub(super) m_s: usize,
+    pub(super) m_t: usize,
+    pub(super) vocab: usize,
+    pub(super) terms: DistillTerms,
+    pub(super) gaps: bool,
 }
 
-const CASES: &[Case] = &[
+pub(super) const CASES: &[Case] = &[
     Case { n: 0, m_s: 5, m_t: 3, vocab: 63, terms: TERMS, gaps: true },
     Case { n: 1, m_s: 1, m_t: 1, vocab: 1, terms: TERMS, gaps: true },
     Case { n: 3, m_s: 5, m_t: 7, vocab: 2, terms: TERMS, gaps: true },
@@ -29,17 +29,17 @@ const CASES: &[Case] = &[
     Case { n: 100, m_s: 17, m_t: 9, vocab: 1000, terms: DistillTerms { ce: 0.0, boundary: 0.0, temperature: 0.5, ..TERMS }, gaps: true },
 ];
 
-struct Inputs {
-    h_s: Tensor,
-    w_s: Tensor,
-    h_t: Tensor,
-    w_t: Tensor,
-    targets: Vec<u32>,
-    weights: Vec<f32>,
+pub(super) struct Inputs {
+    pub(super) h_s: Tensor,
+    pub(super) w_s: Tensor,
+    pub(super) h_t: Tensor,
+    pub(super) w_t: Tensor,
+    pub(super) targets: Vec<u32>,
+    pub(super) weights: Vec<f32>,
 }
 
 impl Inputs {
-    fn new(case: &Case) -> Self {
+    pub(super) fn new(case: &Case) -> Self {
         let mut rng = Rng::new(case.vocab as u64 + 1);
         // Logits with a spread of about 2, as in a language model.
         let mut scaled = |shape: [usize; 2]| {

@@ -1,59 +1,13 @@
 use sluice_tensor::{DType, Tensor};
 use sluice_testkit::{Rng, assert_close, check_gradient};
 
+use super::cases::{CASES, Case, Inputs, TERMS};
 use super::*;
 use crate::row_chunks::on_one_and_three_threads;
 
 const BOTH: Wanted = Wanted { input: true, weight: true };
 
-/// Rows, width of student and teacher, vocabulary.
-struct Case {
-    n: usize,
-    m_s: usize,
-    m_t: usize,
-    vocab: usize,
-    terms: DistillTerms,
-}
-
-const TERMS: DistillTerms =
-    DistillTerms { kl: 1.0, ce: 0.3, boundary: 0.7, temperature: 1.0, margin_cap: 5.0, boundary_delta: 2.0, boundary_width: 0.5 };
-
-const CASES: &[Case] = &[
-    Case { n: 0, m_s: 5, m_t: 3, vocab: 63, terms: TERMS },
-    Case { n: 1, m_s: 1, m_t: 1, vocab: 1, terms: TERMS },
-    Case { n: 3, m_s: 5, m_t: 7, vocab: 2, terms: TERMS },
-    Case { n: 63, m_s: 24, m_t: 31, vocab: 100, terms: TERMS },
-    Case { n: 63, m_s: 24, m_t: 31, vocab: 63, terms: DistillTerms { temperature: 2.5, ..TERMS } },
-    Case { n: 100, m_s: 17, m_t: 9, vocab: 1000, terms: DistillTerms { ce: 0.0, boundary: 0.0, temperature: 0.5, ..TERMS } },
-];
-
-struct Inputs {
-    h_s: Tensor,
-    w_s: Tensor,
-    h_t: Tensor,
-    w_t: Tensor,
-    targets: Vec<u32>,
-    weights: Vec<f32>,
-}
-
 impl Inputs {
-    fn new(case: &Case) -> Self {
-        let mut rng = Rng::new(case.vocab as u64 + 1);
-        // Logits with a spread of about 2, as in a language model.
-        let mut scaled = |shape: [usize; 2]| {
-            let mut t = rng.normal_tensor(shape);
-            let factor = 2.0 / (shape[1] as f32).sqrt();
-            t.f32_mut().iter_mut().for_each(|x| *x *= factor.sqrt());
-            t
-        };
-        let (h_s, w_s) = (scaled([case.n, case.m_s]), scaled([case.vocab, case.m_s]));
-        let (h_t, w_t) = (scaled([case.n, case.m_t]), scaled([case.vocab, case.m_t]));
-        let targets = (0..case.n).map(|_| rng.below(case.vocab) as u32).collect();
-        // Every third row does not count.
-        let weights = (0..case.n).map(|i| if i % 3 == 1 { 0.0 } else { 0.5 + rng.uniform() }).collect();
-        Self { h_s, w_s, h_t, w_t, targets, weights }
-    }
-
     fn distill(&self, terms: DistillTerms, grads: Wanted) -> Distill {
         distill(&self.h_s, &self.w_s, &self.h_t, &self.w_t, Some(&self.targets), &self.weights, terms, grads)
     }
@@ -144,7 +98,7 @@ fn distillation_agrees_with_the_naive_twin() {
 
 #[test]
 fn gradients_match_finite_differences() {
-    let case = Case { n: 4, m_s: 6, m_t: 5, vocab: 11, terms: DistillTerms { temperature: 1.7, ..TERMS } };
+    let case = Case { n: 4, m_s: 6, m_t: 5, vocab: 11, terms: DistillTerms { temperature: 1.7, ..TERMS }, gaps: true };
     let inputs = Inputs::new(&case);
     let weighted = |rows: &mut dyn FnMut(usize) -> f64| (0..case.n).map(|i| inputs.weights[i] as f64 * rows(i)).sum::<f64>();
 
@@ -299,7 +253,7 @@ fn bf16_vocabulary_equals_its_f32_values() {
 
 #[test]
 fn thread_count_does_not_change_a_bit() {
-    let case = Case { n: 50, m_s: 64, m_t: 32, vocab: 3000, terms: TERMS };
+    let case = Case { n: 50, m_s: 64, m_t: 32, vocab: 3000, terms: TERMS, gaps: true };
     let inputs = Inputs::new(&case);
     let (one, three) = on_one_and_three_threads(|| inputs.distill(TERMS, BOTH));
     assert_eq!((one.kl, one.boundary), (three.kl, three.boundary));

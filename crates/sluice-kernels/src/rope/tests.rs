@@ -3,8 +3,6 @@ use sluice_testkit::{Rng, assert_close, check_gradient, probe_weights};
 use super::*;
 use crate::row_chunks::on_one_and_three_threads;
 
-/// `[B, T, H, D]`.
-const CASES: &[[usize; 4]] = &[[1, 1, 1, 2], [2, 63, 3, 10], [1, 100, 2, 64], [1, 1000, 1, 6], [3, 0, 2, 4]];
 const STYLES: [RopeStyle; 2] = [RopeStyle::Interleaved, RopeStyle::HalfSplit];
 
 fn frequencies(head_dim: usize) -> Vec<f32> {
@@ -13,26 +11,6 @@ fn frequencies(head_dim: usize) -> Vec<f32> {
 
 fn to_f32(x: &[f64]) -> Vec<f32> {
     x.iter().map(|&x| x as f32).collect()
-}
-
-fn check(shape: [usize; 4], positions: &[u32], style: RopeStyle) {
-    let x = Rng::new(1).normal_tensor(shape);
-    let freq = frequencies(shape[3]);
-    let what = format!("{shape:?} {style:?}");
-    assert_close(&what, fwd(&x, positions, &freq, style).f32(), &to_f32(&naive::rotate(&x, positions, &freq, style, 1.0)), 1e-6);
-    assert_close(&what, bwd(&x, positions, &freq, style).f32(), &to_f32(&naive::rotate(&x, positions, &freq, style, -1.0)), 1e-6);
-}
-
-#[test]
-fn agrees_with_the_naive_twin() {
-    for &shape in CASES {
-        for style in STYLES {
-            let in_order: Vec<u32> = (0..shape[1] as u32).collect();
-            check(shape, &in_order, style);
-            let far_and_scattered: Vec<u32> = in_order.iter().map(|t| 1_000_000 - 77 * t).collect();
-            check(shape, &far_and_scattered, style);
-        }
-    }
 }
 
 #[test]

@@ -31,6 +31,7 @@ const OPS: &[fn(&mut Check<'_>)] = &[
     crate::linear::cases::run,
     crate::rope::cases::run,
     crate::gate_score::cases::run,
+    crate::dense_attention::cases::run,
     crate::add::cases::run,
     crate::swiglu::cases::run,
     crate::output_head::cases::run,

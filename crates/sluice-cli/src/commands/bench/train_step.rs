@@ -7,6 +7,7 @@ use sluice_tensor::memory;
 
 use super::train_config::Setup;
 use crate::commands::devices::cpu_name;
+use crate::device::DeviceArgs;
 use crate::progress::bytes;
 
 /// Arguments of `sluice bench train-step`.
@@ -24,18 +25,26 @@ pub(crate) struct Args {
     /// Keep only the residual stream between layers and recompute the rest in backward
     #[arg(long)]
     checkpoint: bool,
+    /// Sequences, instead of the config's
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let setup = Setup::named(&args.config, args.context)?;
-    let (mut trainer, data) = (setup.trainer(args.checkpoint), setup.tokens());
+    let mut setup = Setup::named(&args.config, args.context)?;
+    setup.batch = args.batch.unwrap_or(setup.batch);
+    let device = args.device.open()?;
+    let (mut trainer, data) = (setup.trainer(args.checkpoint).to(&device), setup.tokens());
     // The moments are allocated in the first step; peers get two warm-up steps as well.
     let first_loss = trainer.step(&data)?.loss;
     trainer.step(&data)?;
     memory::reset_peak();
+    let waits_before = device.gpu().map(|gpu| gpu.waits());
     let (mut seconds, mut last_loss) = (Vec::new(), f32::NAN);
     for _ in 0..args.steps.max(1) {
         let report = trainer.step(&data)?;
@@ -48,16 +57,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tokens = (setup.batch * setup.context) as f64;
     let predicted = train_memory::dense(&setup.model, setup.batch, setup.context, args.checkpoint);
     let median = tokens / median(&seconds);
+    // Reading the loss and the norm of the gradient are waits of the host; nothing else in a step should be.
+    let waits_per_step = device.gpu().zip(waits_before).map(|(gpu, before)| (gpu.waits() - before) as f64 / seconds.len() as f64);
+    let (name, precision) = match device.gpu() {
+        Some(gpu) => (gpu.name().to_string(), gpu.precision().name()),
+        None => (cpu_name(), "f32"),
+    };
     if args.json {
         println!(
             "{}",
-            json!({"engine": "sluice", "config": args.config, "context": setup.context, "batch": setup.batch,
+            json!({"device": name, "precision": precision, "waits_per_step": waits_per_step, "engine": "sluice", "config": args.config, "context": setup.context, "batch": setup.batch,
                 "threads": rayon::current_num_threads(), "steps": seconds.len(), "tokens_per_second": median, "seconds": seconds,
                 "first_loss": first_loss, "last_loss": last_loss, "n_params": predicted.parameter_bytes / 4, "checkpoint": args.checkpoint,
                 "peak_bytes": peak, "predicted_peak_bytes": predicted.peak_bytes, "cpu": cpu_name()})
         );
     } else {
-        println!("{}: {median:.0} tokens/s (median of {})", args.config, seconds.len());
+        println!("{}: {median:.0} tokens/s (median of {}) on {name} in {precision}", args.config, seconds.len());
         println!("peak memory {}, predicted {}", bytes(peak), bytes(predicted.peak_bytes));
     }
     Ok(())

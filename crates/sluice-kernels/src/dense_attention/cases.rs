@@ -1,0 +1,90 @@
+//! The case list of [`selftest`](crate::selftest).
+
+use sluice_tensor::Tensor;
+use sluice_testkit::Rng;
+
+use super::{bwd, fwd, naive};
+use crate::selftest::Check;
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Case {
+    pub(super) t: usize,
+    pub(super) start: usize,
+    pub(super) heads: (usize, usize),
+    pub(super) d: usize,
+    /// Valid queries of the second sequence of the batch; the first is full. `None`: a batch of one.
+    pub(super) short: Option<usize>,
+}
+
+pub(super) const BASE: Case = Case { t: 100, start: 0, heads: (3, 1), d: 64, short: None };
+
+const CASES: &[Case] = &[
+    Case { t: 1, ..BASE },
+    Case { t: 1, start: 333, ..BASE },
+    Case { t: 1, start: 333, heads: (9, 3), d: 128, ..BASE },
+    Case { t: 2, start: 40, heads: (14, 2), short: Some(1), ..BASE },
+    Case { t: 63, heads: (4, 4), ..BASE },
+    Case { short: Some(41), ..BASE },
+    Case { short: Some(0), heads: (4, 2), d: 32, ..BASE },
+    Case { d: 20, heads: (2, 1), ..BASE },
+    Case { d: 128, heads: (2, 2), start: 7, ..BASE },
+    Case { t: 17, start: 200, ..BASE },
+    Case { t: 1000, heads: (6, 2), short: Some(513), ..BASE },
+];
+
+pub(super) struct Inputs {
+    pub(super) q: Tensor,
+    pub(super) k: Tensor,
+    pub(super) v: Tensor,
+    pub(super) dout: Tensor,
+    pub(super) lens: Vec<usize>,
+}
+
+impl Inputs {
+    /// Rows that must not be read are NaN.
+    pub(super) fn poisoned(case: &Case) -> Self {
+        Self::filled(case, |_| f32::NAN)
+    }
+
+    pub(super) fn filled(case: &Case, mut unread: impl FnMut(&mut Rng) -> f32) -> Self {
+        let (n_batch, (h, g)) = (1 + case.short.is_some() as usize, case.heads);
+        let (t, s, d) = (case.t, case.start + case.t + 3, case.d);
+        let lens: Vec<usize> = [t].into_iter().chain(case.short).collect();
+        let mut rng = Rng::new(5 + t as u64);
+        let mut tensor = |rows: usize, heads: usize, first_unused: &dyn Fn(usize) -> usize| {
+            let mut x = rng.normal_tensor([n_batch, rows, heads, d]);
+            for b in 0..n_batch {
+                let unread_rows = &mut x.f32_mut()[(b * rows + first_unused(b)) * heads * d..(b + 1) * rows * heads * d];
+                unread_rows.iter_mut().for_each(|x| *x = unread(&mut rng));
+            }
+            x
+        };
+        let keys = |b: usize| if lens[b] == 0 { 0 } else { case.start + lens[b] };
+        let k = tensor(s, g, &keys);
+        let v = tensor(s, g, &keys);
+        let q = tensor(t, h, &|b| lens[b]);
+        let dout = tensor(t, h, &|b| lens[b]);
+        Self { q, k, v, dout, lens }
+    }
+}
+
+pub(crate) fn run(check: &mut Check<'_>) {
+    for case in CASES {
+        let Case { t, start, heads: (h, g), d, short } = *case;
+        check.case(
+            "dense_attention",
+            format!("{t} from {start}, {h} on {g} heads of {d}, {}", short.map_or("one".into(), |n| format!("and {n}"))),
+        );
+        let x = Inputs::poisoned(case);
+        let [q, k, v, dout] = [&x.q, &x.k, &x.v, &x.dout].map(|t| check.put(t));
+        let (o, lse) = fwd(&q, &k, &v, start, &x.lens);
+        let (want_o, want_lse) = naive::fwd(&x.q, &x.k, &x.v, start, &x.lens);
+        check.compare("o", &o, &want_o, 2e-5);
+        check.compare("lse", &lse, &want_lse, 1e-5);
+        let (dq, dk, dv) = bwd(&dout, &q, &k, &v, &o, &lse, start, &x.lens);
+        let (want_dq, want_dk, want_dv) = naive::bwd(&x.dout, &x.q, &x.k, &x.v, start, &x.lens);
+        check.compare("dq", &dq, &want_dq, 5e-5);
+        check.compare("dk", &dk, &want_dk, 5e-5);
+        check.compare("dv", &dv, &want_dv, 5e-5);
+    }
+}
