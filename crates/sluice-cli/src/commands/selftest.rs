@@ -14,6 +14,9 @@ use crate::device::DeviceArgs;
 pub(crate) struct Args {
     #[command(flatten)]
     device: DeviceArgs,
+    /// Only this op's cases
+    #[arg(long, value_name = "NAME")]
+    op: Option<String>,
     /// List every comparison, not only each op's worst
     #[arg(long)]
     all: bool,
@@ -25,8 +28,11 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let device = args.device.open()?;
     let mut outcomes = Vec::new();
-    selftest::run(&device, |outcome| outcomes.push(outcome));
-    if let Device::Cuda(gpu) = &device {
+    if let Some(op) = &args.op {
+        ensure!(selftest::ops().any(|known| known == op), "no op {op}; there are {}", selftest::ops().collect::<Vec<_>>().join(", "));
+    }
+    selftest::run(&device, args.op.as_deref(), |outcome| outcomes.push(outcome));
+    if let (Device::Cuda(gpu), None) = (&device, &args.op) {
         outcomes.push(memory_outcome(gpu));
     }
     let failed: Vec<&Outcome> = outcomes.iter().filter(|o| !o.passes()).collect();

@@ -10,7 +10,7 @@
 
 pub(crate) mod cases;
 mod cpu;
-mod cuda;
+pub(crate) mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;

@@ -1,22 +1,23 @@
 //! The case list of every op that runs on more than one device: forward and backward against the naive twin, on odd sizes,
 //! with fresh memory poisoned. The same cases are tests on the CPU and `sluice selftest` on a GPU.
 //!
-//! An op joins with a `cases.rs` beside its `naive.rs` and a line in [`run`].
+//! An op joins with a `cases.rs` beside its `naive.rs`, a line in `OPS` and its kernels in [`SOURCES`].
 
 mod check;
 #[cfg(test)]
 mod tests;
 
 use sluice_tensor::Device;
+use sluice_tensor::cuda::KernelSource;
 
 pub use check::{Check, Outcome};
 
-/// Run every case on a device; `report` hears about every output that was compared.
-pub fn run(device: &Device, mut report: impl FnMut(Outcome)) {
+/// Run the cases of every op, or of the one named, on a device; `report` hears about every output that was compared.
+pub fn run(device: &Device, only: Option<&str>, mut report: impl FnMut(Outcome)) {
     if let Some(gpu) = device.gpu() {
         gpu.poison_fresh_memory(true);
     }
-    for check_op in OPS {
+    for (_, check_op) in OPS.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
         check_op(&mut Check::new(device, &mut report));
     }
     if let Some(gpu) = device.gpu() {
@@ -24,16 +25,38 @@ pub fn run(device: &Device, mut report: impl FnMut(Outcome)) {
     }
 }
 
+/// Names of the ops, for `run`.
+pub fn ops() -> impl Iterator<Item = &'static str> {
+    OPS.iter().map(|(name, _)| *name)
+}
+
+/// Every source of kernels in this crate, so that a machine without a GPU can see that they compile.
+pub const SOURCES: &[KernelSource] = &[
+    crate::launch::SOURCE,
+    crate::embedding::cuda::SOURCE,
+    crate::rms_norm::cuda::SOURCE,
+    crate::rope::cuda::SOURCE,
+    crate::gate_score::cuda::SOURCE,
+    crate::dense_attention::cuda::SOURCE,
+    crate::add::cuda::SOURCE,
+    crate::swiglu::cuda::SOURCE,
+    crate::output_head::cuda::SOURCE,
+    crate::adamw::cuda::SOURCE,
+];
+
+/// Runs all cases of an op.
+type Cases = fn(&mut Check<'_>);
+
 /// Every op, in the order of a forward pass.
-const OPS: &[fn(&mut Check<'_>)] = &[
-    crate::embedding::cases::run,
-    crate::rms_norm::cases::run,
-    crate::linear::cases::run,
-    crate::rope::cases::run,
-    crate::gate_score::cases::run,
-    crate::dense_attention::cases::run,
-    crate::add::cases::run,
-    crate::swiglu::cases::run,
-    crate::output_head::cases::run,
-    crate::adamw::cases::run,
+const OPS: &[(&str, Cases)] = &[
+    ("embedding", crate::embedding::cases::run),
+    ("rms_norm", crate::rms_norm::cases::run),
+    ("linear", crate::linear::cases::run),
+    ("rope", crate::rope::cases::run),
+    ("gate_score", crate::gate_score::cases::run),
+    ("dense_attention", crate::dense_attention::cases::run),
+    ("add", crate::add::cases::run),
+    ("swiglu", crate::swiglu::cases::run),
+    ("output_head", crate::output_head::cases::run),
+    ("adamw", crate::adamw::cases::run),
 ];

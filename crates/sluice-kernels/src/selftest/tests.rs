@@ -5,7 +5,7 @@ use super::*;
 #[test]
 fn every_case_passes_on_the_cpu() {
     let mut outcomes = Vec::new();
-    run(&Device::Cpu, |outcome| outcomes.push(outcome));
+    run(&Device::Cpu, None, |outcome| outcomes.push(outcome));
     assert!(outcomes.len() > 100, "only {} comparisons", outcomes.len());
     let failed: Vec<&Outcome> = outcomes.iter().filter(|o| !o.passes()).collect();
     assert!(failed.is_empty(), "{failed:#?}");

@@ -1,7 +1,7 @@
 //! SwiGLU: `silu(gate) * up` with `silu(x) = x sigmoid(x)`, elementwise on tensors of one shape.
 
 pub(crate) mod cases;
-mod cuda;
+pub(crate) mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;
