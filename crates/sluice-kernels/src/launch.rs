@@ -11,7 +11,7 @@ pub(crate) const THREADS: u32 = 256;
 /// Rows of a block when a warp takes one.
 pub(crate) const ROWS: u32 = THREADS / 32;
 
-pub(crate) const SOURCE: KernelSource = KernelSource { name: "column_sums", code: include_str!("column_sums.cu") };
+const SOURCE: KernelSource = KernelSource { name: "column_sums", code: include_str!("column_sums.cu") };
 
 /// Queue a kernel with blocks of [`THREADS`].
 ///

@@ -8,7 +8,7 @@ use sluice_tensor::cuda::{Gpu, KernelSource, or_raise};
 use super::Factors;
 use crate::launch::{over_elements, run};
 
-pub(crate) const SOURCE: KernelSource = KernelSource { name: "adamw", code: include_str!("adamw.cu") };
+const SOURCE: KernelSource = KernelSource { name: "adamw", code: include_str!("adamw.cu") };
 
 /// Blocks that share the squares of one tensor.
 const NORM_BLOCKS: usize = 264;

@@ -2,7 +2,7 @@
 //! and the two things a trainer does to gradients before.
 
 pub(crate) mod cases;
-pub(crate) mod cuda;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use sluice_tensor::cuda::{Gpu, KernelSource};
 
 use crate::launch::{output, over_elements, run};
 
-pub(crate) const SOURCE: KernelSource = KernelSource { name: "add", code: include_str!("add.cu") };
+const SOURCE: KernelSource = KernelSource { name: "add", code: include_str!("add.cu") };
 
 pub(super) fn fwd(gpu: &Arc<Gpu>, a: &Tensor, b: &Tensor) -> Tensor {
     let mut y = output(gpu, a.shape());

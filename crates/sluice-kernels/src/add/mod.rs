@@ -1,7 +1,7 @@
 //! Elementwise sum of two tensors of one shape; its gradient is the identity for both.
 
 pub(crate) mod cases;
-pub(crate) mod cuda;
+mod cuda;
 
 use sluice_tensor::Tensor;
 

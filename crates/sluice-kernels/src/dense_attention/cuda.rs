@@ -8,7 +8,7 @@ use sluice_tensor::cuda::{Arg, Buffer, Gpu, KernelSource, or_raise};
 use crate::launch::{THREADS, output, over_rows, run};
 use crate::routed_attention::Dims;
 
-pub(crate) const SOURCE: KernelSource = KernelSource { name: "dense_attention", code: include_str!("dense_attention.cu") };
+const SOURCE: KernelSource = KernelSource { name: "dense_attention", code: include_str!("dense_attention.cu") };
 
 /// Widest head that the tiles fit.
 const WIDEST: usize = 128;

@@ -10,7 +10,7 @@
 
 pub(crate) mod cases;
 mod cpu;
-pub(crate) mod cuda;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use sluice_tensor::{DType, Tensor};
 
 use crate::launch::{THREADS, output, over_elements, run};
 
-pub(crate) const SOURCE: KernelSource = KernelSource { name: "embedding", code: include_str!("embedding.cu") };
+const SOURCE: KernelSource = KernelSource { name: "embedding", code: include_str!("embedding.cu") };
 
 pub(super) fn fwd(gpu: &Arc<Gpu>, tokens: &[u32], table: &Tensor) -> Tensor {
     let [_, m] = table.dims();

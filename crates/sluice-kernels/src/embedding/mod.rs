@@ -1,7 +1,7 @@
 //! Embedding: row `tokens[i]` of `table [V, M]`; the gradient adds row `i` of `dy` to row `tokens[i]`.
 
 pub(crate) mod cases;
-pub(crate) mod cuda;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;

@@ -8,7 +8,7 @@ use sluice_tensor::cuda::{Arg, Gpu, KernelSource, or_raise};
 use super::RECENCY_UNIT;
 use crate::launch::{ColumnSums, output, over_rows, run};
 
-pub(crate) const SOURCE: KernelSource = KernelSource { name: "gate_score", code: include_str!("gate_score.cu") };
+const SOURCE: KernelSource = KernelSource { name: "gate_score", code: include_str!("gate_score.cu") };
 
 pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, weight: &Tensor, bias: &Tensor, recency: &Tensor, positions: &[u32], eps: f32) -> Tensor {
     let ([b, t, m], [gs, _]) = (x.dims(), weight.dims());

@@ -7,7 +7,7 @@
 
 pub(crate) mod cases;
 mod cpu;
-pub(crate) mod cuda;
+mod cuda;
 pub mod naive;
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use super::distill::RowLosses;
 use super::{CrossEntropy, Distill, DistillTerms, Wanted, even_chunks, neighbours, weighted_rows};
 use crate::launch::{output, over_elements, run};
 
-pub(crate) const SOURCE: KernelSource = KernelSource { name: "output_head", code: include_str!("output_head.cu") };
+const SOURCE: KernelSource = KernelSource { name: "output_head", code: include_str!("output_head.cu") };
 
 /// Bytes of logits held at a time: enough rows that reading all of `w` is cheap beside the product.
 const CHUNK_BYTES: usize = 512 << 20;

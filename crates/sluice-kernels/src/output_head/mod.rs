@@ -6,7 +6,7 @@
 
 pub(crate) mod cases;
 mod cross_entropy;
-pub(crate) mod cuda;
+mod cuda;
 mod distill;
 pub mod naive;
 #[cfg(test)]

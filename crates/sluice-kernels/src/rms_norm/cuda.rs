@@ -7,7 +7,7 @@ use sluice_tensor::cuda::{Gpu, KernelSource};
 
 use crate::launch::{ColumnSums, optional, output, over_rows, run};
 
-pub(crate) const SOURCE: KernelSource = KernelSource { name: "rms_norm", code: include_str!("rms_norm.cu") };
+const SOURCE: KernelSource = KernelSource { name: "rms_norm", code: include_str!("rms_norm.cu") };
 
 pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, weight: Option<&Tensor>, eps: f32) -> (Tensor, Tensor) {
     let (m, n_rows) = (x.last_dim(), x.n_rows());

@@ -1,7 +1,7 @@
 //! RMS normalisation of each row: `y = x / sqrt(mean(x^2) + eps) * weight`, `x [.., M]`, `weight [M]` or none.
 
 pub(crate) mod cases;
-pub(crate) mod cuda;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;

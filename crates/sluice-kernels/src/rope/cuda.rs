@@ -8,7 +8,7 @@ use sluice_tensor::cuda::{Gpu, KernelSource, or_raise};
 use super::RopeStyle;
 use crate::launch::{output, over_elements, run};
 
-pub(crate) const SOURCE: KernelSource = KernelSource { name: "rope", code: include_str!("rope.cu") };
+const SOURCE: KernelSource = KernelSource { name: "rope", code: include_str!("rope.cu") };
 
 pub(super) fn rotate(gpu: &Arc<Gpu>, x: &Tensor, positions: &[u32], inv_freq: &[f32], style: RopeStyle, direction: f32) -> Tensor {
     let [b, t, n_heads, head_dim] = x.dims();

@@ -4,7 +4,7 @@
 //! since at position 10^6 an f32 angle is off by up to 0.03.
 
 pub(crate) mod cases;
-pub(crate) mod cuda;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;

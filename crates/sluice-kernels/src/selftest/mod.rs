@@ -1,14 +1,13 @@
 //! The case list of every op that runs on more than one device: forward and backward against the naive twin, on odd sizes,
 //! with fresh memory poisoned. The same cases are tests on the CPU and `sluice selftest` on a GPU.
 //!
-//! An op joins with a `cases.rs` beside its `naive.rs`, a line in `OPS` and its kernels in [`SOURCES`].
+//! An op joins with a `cases.rs` beside its `naive.rs` and a line in `OPS`.
 
 mod check;
 #[cfg(test)]
 mod tests;
 
 use sluice_tensor::Device;
-use sluice_tensor::cuda::KernelSource;
 
 pub use check::{Check, Outcome};
 
@@ -29,20 +28,6 @@ pub fn run(device: &Device, only: Option<&str>, mut report: impl FnMut(Outcome))
 pub fn ops() -> impl Iterator<Item = &'static str> {
     OPS.iter().map(|(name, _)| *name)
 }
-
-/// Every source of kernels in this crate, so that a machine without a GPU can see that they compile.
-pub const SOURCES: &[KernelSource] = &[
-    crate::launch::SOURCE,
-    crate::embedding::cuda::SOURCE,
-    crate::rms_norm::cuda::SOURCE,
-    crate::rope::cuda::SOURCE,
-    crate::gate_score::cuda::SOURCE,
-    crate::dense_attention::cuda::SOURCE,
-    crate::add::cuda::SOURCE,
-    crate::swiglu::cuda::SOURCE,
-    crate::output_head::cuda::SOURCE,
-    crate::adamw::cuda::SOURCE,
-];
 
 /// Runs all cases of an op.
 type Cases = fn(&mut Check<'_>);

@@ -7,7 +7,7 @@ use sluice_tensor::cuda::{Gpu, KernelSource};
 
 use crate::launch::{output, over_elements, run};
 
-pub(crate) const SOURCE: KernelSource = KernelSource { name: "swiglu", code: include_str!("swiglu.cu") };
+const SOURCE: KernelSource = KernelSource { name: "swiglu", code: include_str!("swiglu.cu") };
 
 pub(super) fn fwd(gpu: &Arc<Gpu>, gate: &Tensor, up: &Tensor) -> Tensor {
     let mut y = output(gpu, gate.shape());

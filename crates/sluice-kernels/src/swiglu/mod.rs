@@ -1,7 +1,7 @@
 //! SwiGLU: `silu(gate) * up` with `silu(x) = x sigmoid(x)`, elementwise on tensors of one shape.
 
 pub(crate) mod cases;
-pub(crate) mod cuda;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;
