@@ -6,33 +6,33 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
+use sluice_autograd::Param;
+use sluice_model::decoder::is_gate;
 use sluice_model::{Decoder, Policy};
 use sluice_spec::RoutingConfig;
 use sluice_tensor::DType;
 
 use crate::quality::Compared;
 
-/// A folder of comparisons of one model. Each is a file named after everything that decides its numbers: weights, tokens,
-/// policy and budget. Deleting the folder costs time and nothing else.
+/// A folder of comparisons of one model. Each is a file named after everything that decides its numbers: weights (gates only
+/// where they decide), tokens, policy and budget. Deleting the folder costs time and nothing else.
 pub struct Measured {
     folder: PathBuf,
-    model: Sha256,
+    base: Sha256,
+    with_gates: Sha256,
 }
 
 impl Measured {
     /// Keep comparisons of `model` in `folder`, which is made with the first of them.
     pub fn new(folder: impl Into<PathBuf>, model: &Decoder) -> Self {
-        let mut digest = Sha256::new();
-        digest.update(env!("CARGO_PKG_VERSION"));
-        digest.update(format!("{:?}", model.config));
-        for param in model.params() {
-            digest.update(&param.name);
-            match param.value.dtype() {
-                DType::F32 => digest.update(bytemuck::cast_slice(param.value.f32())),
-                DType::Bf16 => digest.update(bytemuck::cast_slice(param.value.bf16())),
-            }
-        }
-        Self { folder: folder.into(), model: digest }
+        let mut base = Sha256::new();
+        base.update(env!("CARGO_PKG_VERSION"));
+        base.update(format!("{:?}", model.config));
+        let (gates, rest): (Vec<_>, Vec<_>) = model.params().into_iter().partition(|param| is_gate(&param.name));
+        rest.into_iter().for_each(|param| add(&mut base, param));
+        let mut with_gates = base.clone();
+        gates.into_iter().for_each(|param| add(&mut with_gates, param));
+        Self { folder: folder.into(), base, with_gates }
     }
 
     /// The comparison of tokens `from..` under a policy: read if it was made before, else made and saved.
@@ -44,7 +44,7 @@ impl Measured {
         from: usize,
         make: impl FnOnce() -> Compared,
     ) -> Result<Compared> {
-        let mut digest = self.model.clone();
+        let mut digest = if policy == Policy::Gate { self.with_gates.clone() } else { self.base.clone() };
         digest.update(format!("{} {routing:?} {from}", policy.name()));
         digest.update(bytemuck::cast_slice(tokens));
         let name: String = digest.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
@@ -62,6 +62,14 @@ impl Measured {
         };
         save().with_context(|| format!("cannot save a finished measurement to {}", path.display()))?;
         Ok(compared)
+    }
+}
+
+fn add(digest: &mut Sha256, param: &Param) {
+    digest.update(&param.name);
+    match param.value.dtype() {
+        DType::F32 => digest.update(bytemuck::cast_slice(param.value.f32())),
+        DType::Bf16 => digest.update(bytemuck::cast_slice(param.value.bf16())),
     }
 }
 

@@ -245,8 +245,9 @@ impl Distiller {
     }
 
     fn sampling(&self) -> Sampling {
-        let routing = &self.config.routing;
-        Sampling { samples: self.config.stage0.samples, window: routing.window, n_sink: routing.n_sink, seed: self.config.seed }
+        let DistillConfig { routing, stage0, .. } = &self.config;
+        let readers_from = routing.window.max(stage0.readers_from);
+        Sampling { samples: stage0.samples, readers_from, n_sink: routing.n_sink, seed: self.config.seed }
     }
 
     fn regress(&mut self) -> StepReport {
@@ -298,7 +299,8 @@ impl Distiller {
         let (t, steps) = (tokens.len(), self.config.stage1.layer_local_steps);
         let routing = self.step_routing(step, steps);
         let plan = AttentionPlan { policy: Policy::Gate, routing, noise: self.noise(step, steps) };
-        let samples = [self.sampling().positions(t, mix(self.config.seed, self.cursor as u64))];
+        let sampling = self.sampling();
+        let samples = [sampling.positions(t, mix(self.config.seed, self.cursor as u64))];
         let weights = past_budget_weights(t, &routing);
         let positions: Vec<u32> = (0..t as u32).collect();
         self.model.set_trainable(is_gate);
@@ -309,7 +311,7 @@ impl Distiller {
         for (index, layer) in self.model.layers.iter().enumerate() {
             let p = layer.project(&frozen, &h, &positions);
             let (o, lse) = dense_attention::fwd(p.q.value(), p.k.value(), p.v.value(), 0, &[t]);
-            let labels = policy::future_attention_at(layer, h.value(), &p, &lse, &samples, &[t], routing.window);
+            let labels = policy::future_attention_at(layer, h.value(), &p, &lse, &samples, &[t], sampling.readers_from);
             let block = layer.block_output(&frozen, &frozen.constant(o)); // the teacher's, [1, T, M]
 
             let tape = Tape::recording();
@@ -344,8 +346,9 @@ impl Distiller {
         let temperature = self.config.schedule.temperature_to;
         let routing = RoutingConfig { gate_temperature: temperature, ..routing };
         let plan = AttentionPlan { policy: Policy::Gate, routing, noise: self.noise(steps, steps) };
-        let samples = [self.sampling().positions(t, mix(self.config.seed, self.cursor as u64))];
-        let taught = self.teach(&tokens, &samples, routing.window);
+        let sampling = self.sampling();
+        let samples = [sampling.positions(t, mix(self.config.seed, self.cursor as u64))];
+        let taught = self.teach(&tokens, &samples, sampling.readers_from);
         let head = self.original.head().value.clone();
         let (teacher_h, teacher_head) = match &self.teacher {
             Some(teacher) => {
@@ -403,7 +406,7 @@ impl Distiller {
     }
 
     /// Dense pass of the original weights: block outputs, labels and final hidden states.
-    fn teach(&self, tokens: &[u32], samples: &[Vec<u32>; 1], window: usize) -> TeacherPass {
+    fn teach(&self, tokens: &[u32], samples: &[Vec<u32>; 1], readers_from: usize) -> TeacherPass {
         let tape = Tape::frozen();
         let t = tokens.len();
         let positions: Vec<u32> = (0..t as u32).collect();
@@ -412,7 +415,7 @@ impl Distiller {
         for layer in &self.original.layers {
             let p = layer.project(&tape, &h, &positions);
             let (o, lse) = dense_attention::fwd(p.q.value(), p.k.value(), p.v.value(), 0, &[t]);
-            labels.extend(policy::future_attention_at(layer, h.value(), &p, &lse, samples, &[t], window));
+            labels.extend(policy::future_attention_at(layer, h.value(), &p, &lse, samples, &[t], readers_from));
             let block = layer.block_output(&tape, &tape.constant(o));
             h = layer.finish(&tape, &h, &block);
             blocks.push(block.value().clone());

@@ -42,6 +42,8 @@ pub struct Stage0 {
     pub documents: usize,
     /// Positions sampled per document.
     pub samples: usize,
+    /// Readers of a key count from so many positions after it, or from the end of the window if that is further.
+    pub readers_from: usize,
     /// Strength of the ridge.
     pub lambda: f64,
     /// Documents of the slope search.
@@ -117,7 +119,7 @@ impl Default for DistillConfig {
 
 impl Default for Stage0 {
     fn default() -> Self {
-        Self { documents: 24, samples: 1000, lambda: 1.0, slope_documents: 4 }
+        Self { documents: 24, samples: 1000, readers_from: 0, lambda: 1.0, slope_documents: 4 }
     }
 }
 

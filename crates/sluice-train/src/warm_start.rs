@@ -47,8 +47,8 @@ struct LayerSums {
 pub struct Sampling {
     /// Positions sampled per document.
     pub samples: usize,
-    /// Keys inside the window need no routing, so the label looks past it.
-    pub window: usize,
+    /// Readers of a key count from so many positions after it: the window at least, where it needs no routing.
+    pub readers_from: usize,
     /// Sinks are kept anyway and would bend the fit.
     pub n_sink: usize,
     /// Seed of the positions.
@@ -59,7 +59,7 @@ impl Sampling {
     /// Positions of a document of `len` tokens whose whole horizon lies inside it; one random position in each of
     /// `samples` equal strata, ascending.
     pub fn positions(&self, len: usize, document: u64) -> Vec<u32> {
-        let end = len.saturating_sub(self.window + HORIZON);
+        let end = len.saturating_sub(self.readers_from + HORIZON);
         let range = end.saturating_sub(self.n_sink);
         let n = self.samples.min(range);
         (0..n)
@@ -88,7 +88,7 @@ impl WarmStart {
         }
         let wanted = [positions];
         for_each_dense_layer(model, tokens, |index, layer, dense| {
-            let y = policy::future_attention_at(layer, dense.h, dense.p, dense.lse, &wanted, &[tokens.len()], sampling.window);
+            let y = policy::future_attention_at(layer, dense.h, dense.p, dense.lse, &wanted, &[tokens.len()], sampling.readers_from);
             self.layers[index].add(dense.p.x.value(), layer.shape.norm_eps, &wanted[0], &minus_log_rank(&y[0]));
         });
         wanted[0].len()
@@ -379,7 +379,7 @@ mod tests {
 
     #[test]
     fn sampled_positions_leave_out_sinks_and_cut_off_horizons() {
-        let sampling = Sampling { samples: 100, window: 32, n_sink: 4, seed: 1 };
+        let sampling = Sampling { samples: 100, readers_from: 32, n_sink: 4, seed: 1 };
         let positions = sampling.positions(2048, 0);
         assert_eq!(positions.len(), 100);
         assert!(positions[0] >= 4 && (positions[99] as usize) < 2048 - 32 - HORIZON);
