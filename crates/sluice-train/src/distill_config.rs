@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
+use sluice_model::policy::HORIZON;
 use sluice_spec::RoutingConfig;
 
 use crate::distill::Work;
@@ -42,7 +43,8 @@ pub struct Stage0 {
     pub documents: usize,
     /// Positions sampled per document.
     pub samples: usize,
-    /// Readers of a key count from so many positions after it, or from the end of the window if that is further.
+    /// Readers of a key count from so many positions after it, or from the end of the window if that is further. Early
+    /// readers say little about late ones, for which a key must be kept; recency serves them anyway.
     pub readers_from: usize,
     /// Strength of the ridge.
     pub lambda: f64,
@@ -119,7 +121,7 @@ impl Default for DistillConfig {
 
 impl Default for Stage0 {
     fn default() -> Self {
-        Self { documents: 24, samples: 1000, readers_from: 0, lambda: 1.0, slope_documents: 4 }
+        Self { documents: 24, samples: 1000, readers_from: 512, lambda: 1.0, slope_documents: 4 }
     }
 }
 
@@ -171,6 +173,14 @@ impl DistillConfig {
         for &kv_budget in &self.budgets {
             self.routing.with_kv_budget(kv_budget)?;
         }
+        let labelled_from = self.routing.window.max(self.stage0.readers_from) + HORIZON + self.routing.n_sink;
+        ensure!(
+            self.stage0.documents == 0 || self.context > labelled_from,
+            "context is {}, but stage 0 needs more than {labelled_from} tokens: a key counts its readers for {HORIZON} tokens, from {} on; \
+             give a longer context or a smaller stage0.readers_from",
+            self.context,
+            self.routing.window.max(self.stage0.readers_from)
+        );
         Ok(())
     }
 

@@ -38,6 +38,7 @@ fn config() -> DistillConfig {
     };
     config.stage0.documents = 2;
     config.stage0.samples = 60;
+    config.stage0.readers_from = 16;
     config.stage0.slope_documents = 1;
     config.stage1.layer_local_steps = 2;
     config.stage1.end_to_end_steps = 1;
