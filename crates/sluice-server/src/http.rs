@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes, to_bytes};
+use axum::extract::rejection::PathRejection;
 use axum::extract::{MatchedPath, Path, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::middleware::{Next, from_fn_with_state};
@@ -195,6 +196,13 @@ async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, ApiError> + S
     tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
 }
 
+/// A name in the path of a request.
+type NameInPath = Result<Path<String>, PathRejection>;
+
+fn name(given: NameInPath) -> Result<String, ApiError> {
+    given.map(|Path(id)| id).map_err(|_| ApiError::not_found("", "unknown_url", "found a name that is not UTF-8"))
+}
+
 /// Lend the session that a request names.
 fn lend(app: &App, id: Option<&str>) -> Result<Option<(SessionState, Loan)>, ApiError> {
     id.map(|id| app.sessions.lend(id)).transpose()
@@ -304,7 +312,8 @@ pub(crate) async fn list_sessions(State(app): Shared) -> Json<SessionList> {
 /// One session.
 #[utoipa::path(get, path = "/v1/sessions/{id}", params(("id" = String, Path)),
     responses((status = 200, body = SessionEntry), (status = "default", body = ErrorBody)))]
-pub(crate) async fn show_session(State(app): Shared, Path(id): Path<String>) -> Result<Json<SessionEntry>, ApiError> {
+pub(crate) async fn show_session(State(app): Shared, id: NameInPath) -> Result<Json<SessionEntry>, ApiError> {
+    let id = name(id)?;
     let state = app.sessions.get(&id)?;
     Ok(Json(session_entry(&app, id, state.created, state.sequence.position(), state.sequence.cache_bytes())))
 }
@@ -312,7 +321,8 @@ pub(crate) async fn show_session(State(app): Shared, Path(id): Path<String>) -> 
 /// A session as bytes, which `POST /v1/sessions` takes up again, on this server or another with the same model.
 #[utoipa::path(get, path = "/v1/sessions/{id}/snapshot", params(("id" = String, Path)),
     responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"), (status = "default", body = ErrorBody)))]
-pub(crate) async fn session_bytes(State(app): Shared, Path(id): Path<String>) -> Result<Response, ApiError> {
+pub(crate) async fn session_bytes(State(app): Shared, id: NameInPath) -> Result<Response, ApiError> {
+    let id = name(id)?;
     let state = app.sessions.get(&id)?;
     let bytes = aside(move || Ok(state.to_bytes())).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes).into_response())
@@ -321,7 +331,8 @@ pub(crate) async fn session_bytes(State(app): Shared, Path(id): Path<String>) ->
 /// Forget a session.
 #[utoipa::path(delete, path = "/v1/sessions/{id}", params(("id" = String, Path)),
     responses((status = 200, body = Deleted), (status = "default", body = ErrorBody)))]
-pub(crate) async fn delete_session(State(app): Shared, Path(id): Path<String>) -> Result<Json<Deleted>, ApiError> {
+pub(crate) async fn delete_session(State(app): Shared, id: NameInPath) -> Result<Json<Deleted>, ApiError> {
+    let id = name(id)?;
     app.sessions.remove(&id)?;
     app.metrics.sessions.set(app.sessions.len() as i64);
     Ok(Json(Deleted { id, object: "session.deleted", deleted: true }))
@@ -336,7 +347,8 @@ pub(crate) async fn models(State(app): Shared) -> Json<ModelList> {
 /// One model.
 #[utoipa::path(get, path = "/v1/models/{id}", params(("id" = String, Path)),
     responses((status = 200, body = ModelEntry), (status = "default", body = ErrorBody)))]
-pub(crate) async fn model(State(app): Shared, Path(id): Path<String>) -> Result<Json<ModelEntry>, ApiError> {
+pub(crate) async fn model(State(app): Shared, id: NameInPath) -> Result<Json<ModelEntry>, ApiError> {
+    let id = name(id)?;
     if id != app.facts.name {
         return Err(ApiError::not_found("model", "model_not_found", format!("found no such model; expected `{}`", app.facts.name)));
     }

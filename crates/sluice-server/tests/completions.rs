@@ -128,7 +128,7 @@ fn probabilities_come_in_the_form_of_each_endpoint() {
 #[test]
 fn a_chat_is_its_template_continued() {
     let server = Server::start(2, |_| {});
-    let want = alone("[system]Be brief[/][user]Hello[/][assistant]", 20);
+    let want = alone("[system]Be brief[/]\n[user]Hello[/]\n[assistant]", 20);
     let content = json!([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]);
     let body = json!({"model": "tiny", "temperature": 0, "max_completion_tokens": 20,
         "messages": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": content}]});

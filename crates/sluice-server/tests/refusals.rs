@@ -77,6 +77,7 @@ fn every_bad_request_is_an_error_in_the_form_of_openai() {
     assert_eq!(server.get("/v1/completions").status, 405);
     assert_eq!(server.get("/v1/../etc/passwd").json()["error"]["code"], "unknown_url");
     assert_eq!(server.get("/v1/sessions/%2e%2e%2fetc").status, 404);
+    assert_eq!(server.get("/v1/sessions/%ff").json()["error"]["code"], "unknown_url");
     assert_eq!(server.get("/v1/models/nobody").json()["error"]["code"], "model_not_found");
     // After all of that it still works.
     server.post("/v1/completions", &json!({"model": "tiny", "prompt": "x"})).ok();

@@ -14,9 +14,9 @@ use sluice_spec::artifact::{self, Provenance, TensorKind};
 use sluice_spec::{Architecture, GateHeads, ModelConfig, RoutingConfig, TextConfig};
 use sluice_testkit::Rng;
 
-/// Turns of a conversation in brackets.
+/// Turns of a conversation in brackets, each on a line: no token reaches from one into the next.
 pub(crate) const TEMPLATE: &str =
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
 
 pub(crate) fn artifact() -> Artifact {
     let model = ModelConfig {
