@@ -38,7 +38,7 @@ impl Backend {
     /// Load what `--model` names. An artifact has its gates inside.
     pub(crate) fn open(model: &str, routing: &RoutingArgs) -> Result<Self> {
         if let Some(folder) = artifact_folder(model) {
-            let (engine, tokenizer) = open_artifact(&folder, routing, false)?;
+            let (engine, tokenizer) = open_artifact(&folder, routing, false, 1)?;
             return Ok(Self::Int8 { engine: Box::new(engine), tokenizer: Arc::new(tokenizer) });
         }
         let loaded = models::load(model, routing.gates.as_deref())?;
@@ -189,8 +189,13 @@ pub(crate) fn artifact_folder(model: &str) -> Option<PathBuf> {
     [PathBuf::from(model), PathBuf::from(models::MODELS).join(model)].into_iter().find(|path| Artifact::is_at(path))
 }
 
-/// Load an artifact for the engine, with the routing that the options ask for.
-pub(crate) fn open_artifact(folder: &std::path::Path, options: &RoutingArgs, verify: bool) -> Result<(Engine, Tokenizer)> {
+/// Load an artifact for the engine, with the routing that the options ask for and room for `sequences` at once.
+pub(crate) fn open_artifact(
+    folder: &std::path::Path,
+    options: &RoutingArgs,
+    verify: bool,
+    sequences: usize,
+) -> Result<(Engine, Tokenizer)> {
     if let Some(gates) = &options.gates {
         bail!("{} is an artifact, which has its gates inside; give --gates {} to `sluice quantize`", folder.display(), gates.display());
     }
@@ -204,7 +209,9 @@ pub(crate) fn open_artifact(folder: &std::path::Path, options: &RoutingArgs, ver
     let stored = artifact.manifest.routing;
     // The kind of gate belongs to the artifact, the budget to whoever runs it.
     let routing = RoutingConfig { gate_heads: stored.gate_heads, ..options.routing(Some(stored))? };
-    let engine = Engine::new(artifact, Options { threads: rayon::current_num_threads(), routing: Some(routing), ..Options::default() })?;
+    let defaults = Options::default();
+    let (threads, chunk) = (rayon::current_num_threads(), defaults.chunk.max(sequences));
+    let engine = Engine::new(artifact, Options { threads, chunk, sequences, routing: Some(routing), ..defaults })?;
     Ok((engine, tokenizer))
 }
 

@@ -42,6 +42,8 @@ enum Command {
     Generate(commands::generate::Args),
     /// Talk to a chat model
     Chat(commands::chat::Args),
+    /// Answer OpenAI-compatible HTTP requests with an artifact, and serve a chat page
+    Serve(commands::serve::Args),
     /// Download a model
     Pull(commands::pull::Args),
     /// Measure speed and memory
@@ -83,6 +85,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Quantize(args) => commands::quantize::run(&args),
         Command::Generate(args) => commands::generate::run(&args),
         Command::Chat(args) => commands::chat::run(&args),
+        Command::Serve(args) => commands::serve::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Pull(args) => commands::pull::run(&args),
         Command::Bench(command) => commands::bench::run(&command),

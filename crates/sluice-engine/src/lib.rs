@@ -14,7 +14,7 @@ mod weights;
 pub use artifact::{Artifact, ArtifactBuilder, ArtifactError};
 pub use engine::{Engine, EngineError, Options};
 pub use forward::Part;
-pub use sampling::{Sampler, SamplingConfig};
+pub use sampling::{Choice, Sampler, SamplingConfig};
 pub use scheduler::{Limits, Scheduler};
 pub use sequence::{Sequence, SnapshotError};
 

@@ -12,6 +12,7 @@ pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod pull;
 pub(crate) mod quantize;
+pub(crate) mod serve;
 
 pub(crate) mod bench;
 pub(crate) mod devices;

@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Args, pass: Pass) -> Result<()> {
         bail!("{} is no artifact; make one with `sluice quantize --model MODEL --out DIR`", args.model);
     };
     ensure!(args.tokens > 0 && args.context.iter().all(|&n| n > 0), "--tokens and --context start at 1");
-    let (mut engine, tokenizer) = open_artifact(&folder, &args.routing, false)?;
+    let (mut engine, tokenizer) = open_artifact(&folder, &args.routing, false, 1)?;
     if let Some(instructions) = args.instructions {
         engine.set_instructions(instructions)?;
     }
