@@ -52,6 +52,14 @@ impl Cache {
         self.layers.iter().map(LayerCache::bytes).sum()
     }
 
+    /// Scores `[T, G]` that routed the last chunk of a layer; `None` for a dense cache.
+    pub fn last_scores(&self, layer: usize) -> Option<&[f32]> {
+        match &self.layers[layer] {
+            LayerCache::Growing { .. } => None,
+            LayerCache::Bounded(cache) => Some(&cache.last_scores),
+        }
+    }
+
     /// Positions that a layer's KV head holds now, ascending; `None` for a dense cache, which holds all.
     pub fn kept_positions(&self, layer: usize, kv_head: usize) -> Option<Vec<u32>> {
         match &self.layers[layer] {
@@ -108,6 +116,7 @@ impl Cache {
                     o.extend_from_slice(cache.attend(&self.plan, chunk, h).f32());
                     done += n;
                 }
+                cache.last_scores = scores;
                 Tensor::from_vec(o, [1, t, h, d])
             }
         }
@@ -141,6 +150,8 @@ struct BoundedCache {
     v: Tensor,
     /// `[1, rows, G]`, needed when the gate's bias stays on.
     scores: Tensor,
+    /// `[T, G]` of the last chunk.
+    last_scores: Vec<f32>,
     /// `[G, top_k]` position held by each slot, -1 when free.
     slots: Vec<i32>,
     /// Rows of the strip, `window + route_every - 1`; the slots follow.
@@ -159,6 +170,7 @@ impl BoundedCache {
             k: Tensor::zeros([1, rows, g, d]),
             v: Tensor::zeros([1, rows, g, d]),
             scores: Tensor::zeros([1, rows, g]),
+            last_scores: Vec::new(),
             slots: vec![-1; g * plan.routing.top_k],
             strip_rows: plan.routing.window + plan.routing.route_every - 1,
             strip_start: 0,
