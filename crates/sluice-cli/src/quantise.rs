@@ -104,7 +104,7 @@ fn compare(model: &Decoder, engine: &mut Engine, ids: &[u32], text: &str) -> Res
             }
         })?;
         if let Some(sequence) = &mut replayed {
-            (0..model.config.n_layers).for_each(|layer| sequence.replay_scores(layer, cache.last_scores(layer).expect("a bounded cache")));
+            (0..model.config.n_layers).for_each(|layer| sequence.replay_scores(layer, cache.last_scores(layer)));
             engine.extend_with_logits(sequence, chunk, |i, int8| {
                 if let Some(&next) = ids.get(first + i + 1) {
                     nll_replayed -= log_softmax(int8)[next as usize];

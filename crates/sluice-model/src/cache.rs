@@ -20,6 +20,8 @@ pub struct Cache {
     plan: AttentionPlan,
     position: usize,
     layers: Vec<LayerCache>,
+    /// Per layer `[T, G]` of the last chunk; empty for a dense cache.
+    last_scores: Vec<Vec<f32>>,
 }
 
 #[derive(Clone)]
@@ -39,7 +41,7 @@ impl Cache {
                 _ => LayerCache::Bounded(BoundedCache::new(config, &plan)),
             })
             .collect();
-        Self { plan, position: 0, layers }
+        Self { plan, position: 0, layers, last_scores: vec![Vec::new(); config.n_layers] }
     }
 
     /// Tokens seen so far.
@@ -52,12 +54,9 @@ impl Cache {
         self.layers.iter().map(LayerCache::bytes).sum()
     }
 
-    /// Scores `[T, G]` that routed the last chunk of a layer; `None` for a dense cache.
-    pub fn last_scores(&self, layer: usize) -> Option<&[f32]> {
-        match &self.layers[layer] {
-            LayerCache::Growing { .. } => None,
-            LayerCache::Bounded(cache) => Some(&cache.last_scores),
-        }
+    /// Scores `[T, G]` that routed the last chunk of a layer; none for a dense cache.
+    pub fn last_scores(&self, layer: usize) -> &[f32] {
+        &self.last_scores[layer]
     }
 
     /// Positions that a layer's KV head holds now, ascending; `None` for a dense cache, which holds all.
@@ -116,7 +115,7 @@ impl Cache {
                     o.extend_from_slice(cache.attend(&self.plan, chunk, h).f32());
                     done += n;
                 }
-                cache.last_scores = scores;
+                self.last_scores[index] = scores;
                 Tensor::from_vec(o, [1, t, h, d])
             }
         }
@@ -150,8 +149,6 @@ struct BoundedCache {
     v: Tensor,
     /// `[1, rows, G]`, needed when the gate's bias stays on.
     scores: Tensor,
-    /// `[T, G]` of the last chunk.
-    last_scores: Vec<f32>,
     /// `[G, top_k]` position held by each slot, -1 when free.
     slots: Vec<i32>,
     /// Rows of the strip, `window + route_every - 1`; the slots follow.
@@ -170,7 +167,6 @@ impl BoundedCache {
             k: Tensor::zeros([1, rows, g, d]),
             v: Tensor::zeros([1, rows, g, d]),
             scores: Tensor::zeros([1, rows, g]),
-            last_scores: Vec::new(),
             slots: vec![-1; g * plan.routing.top_k],
             strip_rows: plan.routing.window + plan.routing.route_every - 1,
             strip_start: 0,
