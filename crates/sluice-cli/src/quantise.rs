@@ -84,7 +84,10 @@ fn compare(model: &Decoder, engine: &mut Engine, ids: &[u32], text: &str) -> Res
     let policy = if engine.artifact().manifest.has_gates { Policy::Gate } else { Policy::Streaming };
     let mut cache = Cache::new(&model.config, AttentionPlan::new(policy, *engine.routing()));
     let mut sequence = engine.new_sequence();
-    let (mut kl, mut agreed, mut nll, mut nll_float, mut n) = (0.0, 0, 0.0, 0.0, 0usize);
+    // Without gates both keep the same keys.
+    let mut replayed = engine.artifact().manifest.has_gates.then(|| engine.new_sequence());
+    let (mut kl, mut agreed, mut nll, mut nll_float, mut nll_replayed, mut n) = (0.0, 0, 0.0, 0.0, 0.0, 0usize);
+    let mut overlaps = Vec::new();
     let bar = progress::bar(ids.len() as u64, "tokens compared");
     for chunk in ids.chunks(CHUNK) {
         let h = model.forward_cached(chunk, &mut cache);
@@ -100,18 +103,24 @@ fn compare(model: &Decoder, engine: &mut Engine, ids: &[u32], text: &str) -> Res
                 nll -= log_q[next as usize];
             }
         })?;
+        if let Some(sequence) = &mut replayed {
+            (0..model.config.n_layers).for_each(|layer| sequence.replay_scores(layer, cache.last_scores(layer)));
+            engine.extend_with_logits(sequence, chunk, |i, int8| {
+                if let Some(&next) = ids.get(first + i + 1) {
+                    nll_replayed -= log_softmax(int8)[next as usize];
+                }
+            })?;
+        }
+        let heads = (0..model.config.n_layers).flat_map(|layer| (0..model.config.n_kv_heads).map(move |head| (layer, head)));
+        overlaps.extend(heads.filter_map(|(layer, head)| {
+            let (a, b) = (cache.kept_positions(layer, head)?, sequence.kept_positions(layer, head));
+            let both = a.iter().filter(|p| b.binary_search(p).is_ok()).count();
+            Some(both as f64 / (a.len() + b.len() - both) as f64)
+        }));
         n += chunk.len();
         bar.inc(chunk.len() as u64);
     }
     bar.finish_and_clear();
-    let heads = (0..model.config.n_layers).flat_map(|layer| (0..model.config.n_kv_heads).map(move |head| (layer, head)));
-    let overlaps: Vec<f64> = heads
-        .filter_map(|(layer, head)| {
-            let (a, b) = (cache.kept_positions(layer, head)?, sequence.kept_positions(layer, head));
-            let both = a.iter().filter(|p| b.binary_search(p).is_ok()).count();
-            Some(both as f64 / (a.len() + b.len() - both) as f64)
-        })
-        .collect();
     let scored = (n - 1).max(1) as f64;
     Ok(Quality {
         text: text.into(),
@@ -120,6 +129,7 @@ fn compare(model: &Decoder, engine: &mut Engine, ids: &[u32], text: &str) -> Res
         top1_agreement: agreed as f64 / scored,
         nll_difference: (nll - nll_float) / scored,
         routing_overlap: overlaps.iter().sum::<f64>() / overlaps.len().max(1) as f64,
+        nll_difference_replayed: replayed.map(|_| (nll_replayed - nll_float) / scored),
     })
 }
 

@@ -94,6 +94,7 @@ fn the_tiny_teacher_in_int8_says_what_it_says_in_float() {
         let quality = &report["quality"];
         assert!(quality["kl"].as_f64().unwrap() < 0.01 && quality["top1_agreement"].as_f64().unwrap() > 0.93, "{report}");
         assert!(quality["routing_overlap"].as_f64().unwrap() > 0.9, "{report}");
+        assert!(quality["nll_difference_replayed"].as_f64().unwrap().abs() < 0.02, "{report}");
 
         let mut engine = Engine::open(&folder, true, Options::default()).unwrap();
         assert_eq!(*engine.routing(), routing);

@@ -5,6 +5,7 @@
 //! exactly the prefix top-k. At most `top_k + window + route_every - 1` keys are held at any moment.
 
 use std::cmp::Ordering;
+use std::collections::VecDeque;
 
 use sluice_kernels::cached_attention::{self, Head, HeadShape};
 use sluice_kernels::routed_attention::GateBias;
@@ -36,6 +37,8 @@ pub(crate) struct LayerCache {
     pub(crate) strip_len: usize,
     /// Keys admitted so far, evicted ones included.
     pub(crate) admissions: u64,
+    /// `[T, G]` scores of the next positions, given from outside. Empty but in comparisons.
+    pub(crate) replayed: VecDeque<f32>,
 }
 
 impl LayerCache {
@@ -58,6 +61,7 @@ impl LayerCache {
             strip_start: 0,
             strip_len: 0,
             admissions: 0,
+            replayed: VecDeque::new(),
         }
     }
 
@@ -73,6 +77,7 @@ impl LayerCache {
         // What remains in free rows is finite, which is all that attention asks of them.
         (self.n_slots, self.strip_start, self.strip_len, self.admissions) = (0, 0, 0, 0);
         self.worst.fill(0);
+        self.replayed.clear();
     }
 
     /// Become `other`, a cache of the same shape, without allocating.
@@ -86,6 +91,7 @@ impl LayerCache {
         self.strip_scores.copy_from_slice(&other.strip_scores);
         (self.n_slots, self.strip_start, self.strip_len) = (other.n_slots, other.strip_start, other.strip_len);
         self.admissions = other.admissions;
+        self.replayed.clone_from(&other.replayed);
     }
 
     /// Keys of one head that were offered to the slots and are gone.
@@ -184,7 +190,8 @@ impl LayerCache {
         }
     }
 
-    /// Append the key, value and scores of the next position: `[G, D]`, `[G, D]`, `[G]`, or one score for all heads.
+    /// Append the key, value and scores of the next position: `[G, D]`, `[G, D]`, `[G]`, or one score for all heads. A replayed
+    /// score takes the place of the given one.
     pub(crate) fn append(&mut self, keys: &[f32], values: &[f32], scores: &[f32]) {
         let (d, g, row) = (self.shape.head_dim, self.n_heads, self.strip_len);
         assert!(row < self.shape.strip, "a key does not fit behind the {row} of a strip; was its block begun?");
@@ -193,7 +200,7 @@ impl LayerCache {
             let own = head * d..(head + 1) * d;
             let row = self.shape.strip_row() + row;
             cached_attention::write_row(self.shape, cached_keys, cached_values, row, &keys[own.clone()], &values[own]);
-            self.strip_scores[self.strip_len * g + head] = scores[head % scores.len()];
+            self.strip_scores[self.strip_len * g + head] = self.replayed.pop_front().unwrap_or(scores[head % scores.len()]);
         }
         self.strip_len += 1;
     }
@@ -324,6 +331,29 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn replayed_scores_decide_in_place_of_the_given_ones() {
+        let routing = RoutingConfig { window: 8, top_k: 5, route_every: 4, n_sink: 1, ..RoutingConfig::default() };
+        let (mut given, mut replayed) = (LayerCache::new(&model(2), &routing), LayerCache::new(&model(2), &routing));
+        let mut rng = Rng::new(9);
+        for t in 0..200 {
+            let scores = [rng.normal(), rng.normal()];
+            // The last ones are not replayed: the given ones count again.
+            let other = if t < 150 { [0.0; 2] } else { scores };
+            if t < 150 {
+                replayed.replayed.extend(scores);
+            }
+            for (cache, scores) in [(&mut given, scores), (&mut replayed, other)] {
+                if t % 4 == 0 {
+                    cache.begin_block(t);
+                }
+                cache.append(&[0.0; 4], &[0.0; 4], &scores);
+            }
+            assert!((0..2).all(|head| given.kept_positions(head) == replayed.kept_positions(head)), "at {t}");
+        }
+        assert_ne!(given.slot_positions, [0; 10]);
     }
 
     /// Whole numbers up to 2048 are exact in f16.

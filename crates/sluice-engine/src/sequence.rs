@@ -60,6 +60,15 @@ impl Sequence {
         self.layers.iter().map(LayerCache::bytes).sum()
     }
 
+    /// Route the next positions of a layer by these scores `[T, G]` instead of its gate's: how much of a difference between two models is
+    /// rounding, and how much is other keys. A snapshot does not hold them.
+    #[track_caller]
+    pub fn replay_scores(&mut self, layer: usize, scores: &[f32]) {
+        let g = self.model.n_kv_heads;
+        assert!(scores.len().is_multiple_of(g), "{} replayed scores of {g} KV heads", scores.len());
+        self.layers[layer].replayed.extend(scores);
+    }
+
     /// Keys admitted to slots so far, over all layers and KV heads.
     pub fn admissions(&self) -> u64 {
         self.layers.iter().map(|layer| layer.admissions).sum()

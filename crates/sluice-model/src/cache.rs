@@ -20,6 +20,8 @@ pub struct Cache {
     plan: AttentionPlan,
     position: usize,
     layers: Vec<LayerCache>,
+    /// Per layer `[T, G]` of the last chunk; empty for a dense cache.
+    last_scores: Vec<Vec<f32>>,
 }
 
 #[derive(Clone)]
@@ -39,7 +41,7 @@ impl Cache {
                 _ => LayerCache::Bounded(BoundedCache::new(config, &plan)),
             })
             .collect();
-        Self { plan, position: 0, layers }
+        Self { plan, position: 0, layers, last_scores: vec![Vec::new(); config.n_layers] }
     }
 
     /// Tokens seen so far.
@@ -50,6 +52,11 @@ impl Cache {
     /// Bytes of keys and values held for all layers.
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(LayerCache::bytes).sum()
+    }
+
+    /// Scores `[T, G]` that routed the last chunk of a layer; none for a dense cache.
+    pub fn last_scores(&self, layer: usize) -> &[f32] {
+        &self.last_scores[layer]
     }
 
     /// Positions that a layer's KV head holds now, ascending; `None` for a dense cache, which holds all.
@@ -108,6 +115,7 @@ impl Cache {
                     o.extend_from_slice(cache.attend(&self.plan, chunk, h).f32());
                     done += n;
                 }
+                self.last_scores[index] = scores;
                 Tensor::from_vec(o, [1, t, h, d])
             }
         }

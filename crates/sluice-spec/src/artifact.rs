@@ -117,8 +117,10 @@ pub struct Quality {
     pub top1_agreement: f64,
     /// Loss of int8 minus loss of float, nats per token.
     pub nll_difference: f64,
-    /// Mean overlap (Jaccard) of the keys that float and int8 keep at the end of the text.
+    /// Mean overlap (Jaccard) of the keys that float and int8 keep, over the text, layers and KV heads.
     pub routing_overlap: f64,
+    /// As `nll_difference`, with int8 keeping the keys that float keeps: what is left is rounding. None without gates, where both keep the same.
+    pub nll_difference_replayed: Option<f64>,
 }
 
 /// Names and kinds of the tensors that an artifact of this model has, no more and no less.

@@ -39,6 +39,9 @@ impl Default for RoutingConfig {
     }
 }
 
+/// Larger windows and budgets are nobody's: their sums would overflow, or their caches fill every memory.
+const MAX_SIZE: usize = 1 << 24;
+
 /// Names of the presets, in the order of their budgets.
 pub const PRESETS: [&str; 4] = ["paper", "edge", "default", "long"];
 
@@ -84,6 +87,11 @@ impl RoutingConfig {
         if self.route_every == 0 {
             return Err(ConfigError::new("route_every is 0; expected at least 1"));
         }
+        for (name, size) in [("window", self.window), ("top_k", self.top_k), ("route_every", self.route_every), ("n_sink", self.n_sink)] {
+            if size > MAX_SIZE {
+                return Err(ConfigError::new(format!("{name} is {size}; expected at most {MAX_SIZE}")));
+            }
+        }
         if !(self.gate_temperature >= 0.0 && self.gate_temperature.is_finite()) {
             return Err(ConfigError::new(format!("gate_temperature is {}; expected a finite number >= 0", self.gate_temperature)));
         }
@@ -109,5 +117,19 @@ mod tests {
         let config = RoutingConfig::default();
         assert_eq!(config.with_kv_budget(512).unwrap().top_k, 384);
         assert!(config.with_kv_budget(128).is_err());
+    }
+    #[test]
+    fn sizes_whose_sums_overflow_are_refused() {
+        for size in [usize::MAX, MAX_SIZE + 1] {
+            for config in [
+                RoutingConfig { window: size, ..Default::default() },
+                RoutingConfig { top_k: size, ..Default::default() },
+                RoutingConfig { route_every: size, ..Default::default() },
+                RoutingConfig { n_sink: size, ..Default::default() },
+            ] {
+                assert!(config.validate().unwrap_err().to_string().contains("at most"));
+            }
+        }
+        RoutingConfig { window: MAX_SIZE, top_k: MAX_SIZE, ..Default::default() }.validate().unwrap();
     }
 }

@@ -62,12 +62,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     println!("{}", args.out.display());
     println!("weights         {}, int8 in groups of {}", bytes(artifact.weight_bytes() as u64), args.group);
     println!("routing         {}", if gates.is_some() { "trained gates" } else { "no gates: sinks and the most recent keys" });
-    if let Some(Quality { text, tokens, kl, top1_agreement, nll_difference, routing_overlap }) = quality {
+    if let Some(Quality { text, tokens, kl, top1_agreement, nll_difference, routing_overlap, nll_difference_replayed }) = quality {
         println!("against float   {tokens} tokens of {text}, same gates and routing");
         println!("  KL            {kl:.5} nats");
         println!("  first choice  {:.2} % the same", 100.0 * top1_agreement);
         println!("  loss          {nll_difference:+.5} nats per token");
         println!("  kept keys     {:.2} % the same (Jaccard)", 100.0 * routing_overlap);
+        if let Some(replayed) = nll_difference_replayed {
+            println!("  loss          {replayed:+.5} nats per token with the keys that the float model keeps");
+        }
     }
     Ok(())
 }

@@ -50,8 +50,8 @@ fn chunk_row(head: &Head<'_>, slots: usize, chunk: usize) -> usize {
     if chunk < slots { chunk * ROWS } else { head.shape.strip_row() + (chunk - slots) * ROWS }
 }
 
-/// Call `$run::<V, R, N, W>` with as many queries `R` as three quarters of the registers hold; `N` vectors are [`ROWS`] lanes, `W` tells
-/// whether they come widened.
+/// Call `$run::<V, R, N, W>(.., at, first)` until every query has had all [`ROWS`] lanes: `R` queries from `first` on and the `N` vectors
+/// from lane `at` on, as many as the registers hold. `W` tells whether the vectors come widened.
 macro_rules! by_registers {
     ($V:ident, $W:literal, $n:expr, $run:ident($($arg:expr),*)) => {{
         let mut first = 0;
@@ -59,23 +59,28 @@ macro_rules! by_registers {
             let left = $n - first;
             if $V::LANES == 16 {
                 match left {
-                    8.. => { $run::<$V, 8, 2, $W>($($arg,)* first); first += 8 }
-                    4.. => { $run::<$V, 4, 2, $W>($($arg,)* first); first += 4 }
-                    3 => { $run::<$V, 3, 2, $W>($($arg,)* first); first += 3 }
-                    2 => { $run::<$V, 2, 2, $W>($($arg,)* first); first += 2 }
-                    _ => { $run::<$V, 1, 2, $W>($($arg,)* first); first += 1 }
+                    8.. => { $run::<$V, 8, 2, $W>($($arg,)* 0, first); first += 8 }
+                    4.. => { $run::<$V, 4, 2, $W>($($arg,)* 0, first); first += 4 }
+                    3 => { $run::<$V, 3, 2, $W>($($arg,)* 0, first); first += 3 }
+                    2 => { $run::<$V, 2, 2, $W>($($arg,)* 0, first); first += 2 }
+                    _ => { $run::<$V, 1, 2, $W>($($arg,)* 0, first); first += 1 }
                 }
             } else if $V::LANES == 8 {
                 match left {
-                    3.. => { $run::<$V, 3, 4, $W>($($arg,)* first); first += 3 }
-                    2 => { $run::<$V, 2, 4, $W>($($arg,)* first); first += 2 }
-                    _ => { $run::<$V, 1, 4, $W>($($arg,)* first); first += 1 }
+                    6.. => {
+                        $run::<$V, 6, 2, $W>($($arg,)* 0, first);
+                        $run::<$V, 6, 2, $W>($($arg,)* 16, first);
+                        first += 6
+                    }
+                    3.. => { $run::<$V, 3, 4, $W>($($arg,)* 0, first); first += 3 }
+                    2 => { $run::<$V, 2, 4, $W>($($arg,)* 0, first); first += 2 }
+                    _ => { $run::<$V, 1, 4, $W>($($arg,)* 0, first); first += 1 }
                 }
             } else {
                 match left {
-                    3.. => { $run::<$V, 3, 8, $W>($($arg,)* first); first += 3 }
-                    2 => { $run::<$V, 2, 8, $W>($($arg,)* first); first += 2 }
-                    _ => { $run::<$V, 1, 8, $W>($($arg,)* first); first += 1 }
+                    3.. => { $run::<$V, 3, 8, $W>($($arg,)* 0, first); first += 3 }
+                    2 => { $run::<$V, 2, 8, $W>($($arg,)* 0, first); first += 2 }
+                    _ => { $run::<$V, 1, 8, $W>($($arg,)* 0, first); first += 1 }
                 }
             }
         }
@@ -160,7 +165,7 @@ unsafe fn widen<V: Simd>(from: *const u16, step: usize, n: usize, width: usize, 
     }
 }
 
-/// `R` queries from `first` on and the `N` vectors of one chunk of keys `[D, ROWS]`.
+/// `R` queries from `first` on and `N` vectors from row `at` on of one chunk of keys `[D, ROWS]`.
 ///
 /// # Safety
 /// As [`logits`].
@@ -172,9 +177,10 @@ unsafe fn chunk_logits<V: Simd, const R: usize, const N: usize, const W: bool>(
     queries: &[Query],
     z: *mut f32,
     stride: usize,
+    at: usize,
     first: usize,
 ) {
-    // SAFETY: the caller's contract; `N` vectors are ROWS lanes.
+    // SAFETY: the caller's contract; `N` vectors from `at` on are within ROWS lanes.
     unsafe {
         let mut sums = [[V::splat(0.0); N]; R];
         let mut from = [q; R];
@@ -182,7 +188,7 @@ unsafe fn chunk_logits<V: Simd, const R: usize, const N: usize, const W: bool>(
             from[r] = q.wrapping_add(queries[first + r].q);
         }
         for d in 0..head_dim {
-            let k = keys.load::<V, N, W>(d, 0);
+            let k = keys.load::<V, N, W>(d, at);
             for r in 0..R {
                 let q = V::broadcast(from[r].wrapping_add(d));
                 for n in 0..N {
@@ -192,7 +198,7 @@ unsafe fn chunk_logits<V: Simd, const R: usize, const N: usize, const W: bool>(
         }
         for r in 0..R {
             for n in 0..N {
-                sums[r][n].store(z.wrapping_add((first + r) * stride + n * V::LANES));
+                sums[r][n].store(z.wrapping_add((first + r) * stride + at + n * V::LANES));
             }
         }
     }
@@ -231,7 +237,7 @@ unsafe fn outputs_body<V: Simd, const M: usize>(
     }
 }
 
-/// `R` queries from `first` on and the `N` vectors of one chunk of values `[ROWS, width]` from `column` on.
+/// `R` queries from `first` on and `N` vectors from column `column + at` on of one chunk of values `[ROWS, width]`.
 ///
 /// # Safety
 /// As [`outputs`].
@@ -243,9 +249,11 @@ unsafe fn add_values<V: Simd, const R: usize, const N: usize, const W: bool>(
     stride: usize,
     sums: *mut f32,
     width: usize,
+    at: usize,
     first: usize,
 ) {
-    // SAFETY: the caller's contract; `N` vectors are ROWS lanes, and value rows are padded to a multiple of them.
+    let (column, sums) = (column + at, sums.wrapping_add(at));
+    // SAFETY: the caller's contract; `N` vectors from `at` on are within ROWS lanes, and value rows are padded to a multiple of them.
     unsafe {
         let mut now = [[V::splat(0.0); N]; R];
         for r in 0..R {
