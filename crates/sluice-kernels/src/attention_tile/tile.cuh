@@ -1,0 +1,254 @@
+// Tiles of bf16 rows in shared memory and the matrix products between them; what both attention kernels build on.
+// Knows nothing about masks, softmax or routing. Needs no header, so that NVRTC compiles it without a toolkit.
+//
+// A tile of R rows and D columns is D/64 panels of R rows of 128 bytes. The eight 16-byte pieces of a row are
+// permuted by the row number, so that neither reading along nor across the rows meets a bank twice; it is the
+// layout that Hopper's matrix instruction calls 128-byte swizzle, with the same bytes for a matrix and for its
+// transpose. Tiles begin at a multiple of 1024 bytes.
+//
+// A warpgroup of four warps owns 64 rows of a product, each warp 16 of them. A warp's accumulators of N columns
+// are `float acc[N / 8][4]`: thread `lane` holds, for column pair `8 j + 2 (lane % 4)`, row `lane / 4` in
+// `acc[j][0..2]` and row `lane / 4 + 8` in `acc[j][2..4]`.
+//
+// On sm_90a the products are `wgmma`, which reads tiles by itself and runs on while the warp computes; elsewhere
+// they are `mma` with fragments loaded by `ldmatrix`. Between `products_begin` and `products_wait` nothing may
+// touch the accumulators or the registers handed in.
+
+typedef unsigned short bf16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define WGMMA 1
+#else
+#define WGMMA 0
+#endif
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two floats as bf16, the first in the low half.
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+__device__ __forceinline__ float low_float(u32 pair) { return __int_as_float(pair << 16); }
+__device__ __forceinline__ float high_float(u32 pair) { return __int_as_float(pair & 0xffff0000u); }
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Asynchronous copy of 16 bytes, or 16 zero bytes.
+__device__ __forceinline__ void copy16(u32 to, const void* from, bool real) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait until at most N groups of copies are under way, and show what arrived to the matrix unit.
+template <int N>
+__device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#if WGMMA
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Byte offset of a 16-byte piece in a tile.
+template <int ROWS>
+__device__ __forceinline__ u32 tile_at(int row, int piece) {
+    return (piece >> 3) * (ROWS * 128) + row * 128 + (((piece ^ row) & 7) << 4);
+}
+
+// Copy ROWS rows of D numbers; `source(row)` is the row's address, or null for a row of zeros.
+template <int ROWS, int D, int THREADS, class Source>
+__device__ __forceinline__ void copy_rows(u32 tile, const bf16* any, Source source) {
+    constexpr int PIECES = D / 8;
+    const int piece = threadIdx.x % PIECES;
+#pragma unroll
+    for (int row = threadIdx.x / PIECES; row < ROWS; row += THREADS / PIECES) {
+        const bf16* from = source(row);
+        copy16(tile + tile_at<ROWS>(row, piece), from ? from + piece * 8 : any, from != nullptr);
+    }
+}
+
+__device__ __forceinline__ void products_begin() {
+#if WGMMA
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void products_commit() {
+#if WGMMA
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Wait until at most N groups of products are under way.
+template <int N>
+__device__ __forceinline__ void products_wait() {
+#if WGMMA
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+#endif
+}
+
+#if WGMMA
+
+// Describes a tile to wgmma: 128-byte swizzle, `leading` and `stride` in bytes.
+__device__ __forceinline__ u64 describe(u32 address, u32 leading, u32 stride) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | 1ull << 62;
+}
+
+#define ACC4(j) "+f"(acc[j][0]), "+f"(acc[j][1]), "+f"(acc[j][2]), "+f"(acc[j][3])
+#define ACC16(j) ACC4(j), ACC4(j + 1), ACC4(j + 2), ACC4(j + 3)
+#define REGS32                                                                                                      \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
+    "%29,%30,%31}"
+#define REGS64                                                                                                      \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
+    "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"  \
+    "%56,%57,%58,%59,%60,%61,%62,%63}"
+
+__device__ __forceinline__ void wgmma_tiles(float (&acc)[8][4], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " REGS32
+                 ", %32, %33, p, 1, 1, 0, 0;\n}"
+                 : ACC16(0), ACC16(4)
+                 : "l"(a), "l"(b), "r"(add));
+}
+
+__device__ __forceinline__ void wgmma_registers(float (&acc)[8][4], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " REGS32 ", {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
+                 : ACC16(0), ACC16(4)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+__device__ __forceinline__ void wgmma_registers(float (&acc)[16][4], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " REGS64 ", {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+                 : ACC16(0), ACC16(4), ACC16(8), ACC16(12)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+#else
+
+__device__ __forceinline__ void load_fragments(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_fragments_transposed(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#endif
+
+// acc = A B^T: rows `a_row..a_row + 64` of tile `a`, all N = 64 rows of tile `b`, over D columns.
+template <int D, int A_ROWS, int N>
+__device__ __forceinline__ void product_of_tiles(float (&acc)[N / 8][4], u32 a, int a_row, u32 b) {
+#if WGMMA
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const u64 a_tile = describe(a + (i / 4) * (A_ROWS * 128) + a_row * 128 + (i % 4) * 32, 16, 1024);
+        const u64 b_tile = describe(b + (i / 4) * (N * 128) + (i % 4) * 32, 16, 1024);
+        wgmma_tiles(acc, a_tile, b_tile, i > 0);
+    }
+#else
+    const int lane = threadIdx.x % 32, row = a_row + threadIdx.x / 32 % 4 * 16 + lane % 16;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        u32 x[4];
+        load_fragments(x, a + tile_at<A_ROWS>(row, 2 * i + lane / 16));
+#pragma unroll
+        for (int j = 0; j < N / 8; j += 2) {
+            u32 y[4];
+            load_fragments(y, b + tile_at<N>(8 * j + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
+            mma(acc[j], x, y[0], y[1]);
+            mma(acc[j + 1], x, y[2], y[3]);
+        }
+    }
+#endif
+}
+
+// acc += A B: A in registers (see `to_fragments`), tile `b` of K rows and D columns.
+template <int K, int D>
+__device__ __forceinline__ void product_with_tile(float (&acc)[D / 8][4], const u32 (&a)[K / 16][4], u32 b) {
+#if WGMMA
+#pragma unroll
+    for (int i = 0; i < K / 16; i++) wgmma_registers(acc, a[i], describe(b + i * 2048, K * 128, 1024));
+#else
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < K / 16; i++) {
+#pragma unroll
+        for (int j = 0; j < D / 8; j += 2) {
+            u32 y[4];
+            load_fragments_transposed(y, b + tile_at<K>(16 * i + lane % 16, j + lane / 16));
+            mma(acc[j], a[i], y[0], y[1]);
+            mma(acc[j + 1], a[i], y[2], y[3]);
+        }
+    }
+#endif
+}
+
+// Accumulators of N columns as the left factor of the next product.
+template <int N>
+__device__ __forceinline__ void to_fragments(u32 (&a)[N / 16][4], const float (&acc)[N / 8][4]) {
+#pragma unroll
+    for (int i = 0; i < N / 16; i++) {
+        a[i][0] = pack(acc[2 * i][0], acc[2 * i][1]);
+        a[i][1] = pack(acc[2 * i][2], acc[2 * i][3]);
+        a[i][2] = pack(acc[2 * i + 1][0], acc[2 * i + 1][1]);
+        a[i][3] = pack(acc[2 * i + 1][2], acc[2 * i + 1][3]);
+    }
+}
+
+// Write a warp's accumulators, times a factor for either row, as bf16 to 16 rows of a tile from `row` on.
+template <int ROWS, int D>
+__device__ __forceinline__ void accumulators_to_tile(unsigned char* tile, int row, const float (&acc)[D / 8][4], float f0, float f1) {
+    const int lane = threadIdx.x % 32, first = row + lane / 4;
+#pragma unroll
+    for (int j = 0; j < D / 8; j++) {
+        *(u32*)(tile + tile_at<ROWS>(first, j) + lane % 4 * 4) = pack(acc[j][0] * f0, acc[j][1] * f0);
+        *(u32*)(tile + tile_at<ROWS>(first + 8, j) + lane % 4 * 4) = pack(acc[j][2] * f1, acc[j][3] * f1);
+    }
+}
+
+// Write a tile's rows to memory, 16 bytes at a time; `target(row)` is the row's address, or null to leave it.
+template <int ROWS, int D, int THREADS, class Target>
+__device__ __forceinline__ void store_rows(const unsigned char* tile, Target target) {
+    constexpr int PIECES = D / 8;
+    const int piece = threadIdx.x % PIECES;
+    for (int row = threadIdx.x / PIECES; row < ROWS; row += THREADS / PIECES) {
+        bf16* to = target(row);
+        if (to) *(uint4*)(to + piece * 8) = *(const uint4*)(tile + tile_at<ROWS>(row, piece));
+    }
+}
+
+// Larger and sum of a value over the four threads that share a row of accumulators.
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
