@@ -212,6 +212,19 @@ def milliseconds(f, repeats=9):
     return statistics.median(times)
 
 
+def kernel_times(f, repeats=5):
+    """Milliseconds of every kernel in `f`, by name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    f()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as p:
+        for _ in range(repeats):
+            f()
+        torch.cuda.synchronize()
+    return {e.key: e.self_device_time_total / repeats / 1e3 for e in p.key_averages()}
+
+
 def cudnn(q, k, v, dout):
     """Forward, and forward and backward, of the fastest attention in PyTorch on `[B, T, H, D]` tensors."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -281,12 +294,7 @@ def time_shape(shape, t, rates, tuning=None, peer=True, parts=True, w=128, k=256
 
     row["both"] = milliseconds(both)
     if parts:
-        row["parts"] = {
-            "dq": milliseconds(lambda: x.bwd_dq(dout, q, key, v, scores)),
-            "index": milliseconds(x.bwd_index),
-            "routed": milliseconds(lambda: x.bwd_routed(dout, q, key, v, scores)),
-            "local": milliseconds(lambda: x.bwd_local(dout, q, key, v)),
-        }
+        row["parts"] = kernel_times(both)
         row["entries"] = int(x.n_union.sum())
     row["finite"] = all(bool(torch.isfinite(y).all()) for y in (x.o, x.dq, x.dk, x.dv))
     row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
@@ -299,6 +307,55 @@ def time_shape(shape, t, rates, tuning=None, peer=True, parts=True, w=128, k=256
         row["ratio"] = {name: row["cudnn"][name] / row[name] for name in ("fwd", "both")}
     torch.cuda.empty_cache()
     return row
+
+
+# Warpgroups of a block of threads, blocks that must fit a multiprocessor, keys a step.
+VARIANTS = {
+    SMALL: {
+        "fwd": [(3, 1, 64), (1, 4, 64), (1, 3, 64), (3, 2, 32)],
+        "dq": [(3, 1, 64), (1, 3, 64), (1, 4, 32)],
+        "key_ctas": [2, 3],
+    },
+    LARGE: {
+        "fwd": [(2, 1, 64), (2, 2, 32), (2, 2, 64), (1, 3, 64), (1, 4, 32)],
+        "dq": [(2, 1, 64), (1, 2, 64), (2, 2, 32), (1, 3, 32)],
+        "key_ctas": [1, 2],
+    },
+}
+
+
+def tune(tokens):
+    """Times of the parts with every variant of their launches."""
+    rows = []
+    for shape, variants in VARIANTS.items():
+        for t in tokens:
+            h, g, d = shape
+            q, k, v, dout = (random(1, t, n, d, seed=t + i).bfloat16() for i, n in enumerate([h, g, g, h]))
+            scores = random(1, t, g, seed=t + 9)
+            x = Routed([t], t, *shape, 128, 256, 64, 4, None)
+            x.prepare_bwd()
+            x.route(scores)
+            x.fwd(q, k, v, scores)
+            x.bwd(dout, q, k, v, scores)
+
+            def one(what, f, variant):
+                try:
+                    rows.append({"shape": shape, "tokens": t, "part": what, "variant": variant, "ms": milliseconds(f, 5)})
+                    print(f"{h}/{g}/{d} T {t} {what} {variant}: {rows[-1]['ms']:.4f}", flush=True)
+                except Exception as e:
+                    print(f"{h}/{g}/{d} T {t} {what} {variant}: {str(e)[:200]}", flush=True)
+
+            for variant in variants["fwd"]:
+                x.tuning["fwd"] = variant
+                one("fwd", lambda: x.fwd(q, k, v, scores), variant)
+            for variant in variants["dq"]:
+                x.tuning["dq"] = variant
+                one("dq", lambda: x.bwd_dq(dout, q, k, v, scores), variant)
+            for variant in variants["key_ctas"]:
+                x.tuning["key_ctas"] = variant
+                one("routed", lambda: x.bwd_routed(dout, q, k, v, scores), variant)
+                one("local", lambda: x.bwd_local(dout, q, k, v), variant)
+    return rows
 
 
 def show(row):
@@ -332,11 +389,7 @@ def main():
         rates = report["rates"] = measure_rates()
         print(f"{report['device']}: product {rates['flops'] / 1e12:.0f} TFLOP/s, copy {rates['bytes'] / 1e12:.2f} TB/s", flush=True)
     if args.tune:
-        for shape, tunings in [(SMALL, [dict(fwd_ctas=f, dq_ctas=q, key_ctas=y) for f, q, y in [(1, 1, 2), (2, 1, 3), (1, 1, 4)]]),
-                               (LARGE, [dict(fwd_ctas=f, dq_ctas=q, key_ctas=y) for f, q, y in [(2, 1, 2), (1, 1, 1)]])]:
-            for tuning in tunings:
-                for t in (4096, 65536):
-                    attempt(lambda: show(time_shape(shape, t, rates, tuning, peer=False)))
+        report["tuning"] = tune(args.tokens)
     if args.time:
         rows = report["rows"] = []
         for shape in (SMALL, LARGE):

@@ -3,6 +3,7 @@ tensors. Only for comparisons with PyTorch (`attention_gpu.py`)."""
 
 import ctypes
 import glob
+import math
 import os
 import pathlib
 
@@ -119,7 +120,9 @@ class Routed:
         self.n_candidates = max(0, (self.n_blocks - 1) * every + 1 - window)
         self.n_places = min(top_k, self.n_candidates)
         self.group = heads // kv_heads
-        self.tuning = {"fwd_ctas": 1 if d == 64 else 2, "dq_ctas": 1, "key_ctas": 2, "warpgroups": None, "span": None} | (tuning or {})
+        # Of the forward pass and of dq: warpgroups, blocks of threads that must fit a multiprocessor, keys a step.
+        wg = self.warpgroups()
+        self.tuning = {"fwd": (wg, 1, 64), "dq": (wg, 1, 64), "key_ctas": 2, "span": None} | (tuning or {})
         b, g = self.b, self.g
         f32 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.float32, device=dev)
         i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
@@ -129,7 +132,10 @@ class Routed:
             self.kept *= 2
         self.chunk = max(1024, self.kept)
         self.n_chunks = max(1, ceil(self.n_candidates, self.chunk))
+        self.chunk_group = max(1, math.isqrt(self.n_chunks))
+        self.n_groups = ceil(self.n_chunks, self.chunk_group)
         self.best = torch.empty((b, g, self.n_chunks, self.kept), dtype=torch.int64, device=dev)
+        self.group_best = torch.empty((b, g, self.n_groups, self.kept), dtype=torch.int64, device=dev)
         self.indices, self.tau = i32(b, self.n_blocks, g, self.n_places), f32(b, self.n_blocks, g)
         self.o, self.lse = bf16(b, t, heads, d), f32(b, t, heads)
 
@@ -152,7 +158,7 @@ class Routed:
         self.n_union = i32(pairs, self.n_super)
         self.first_entry, self.first_tile = i32(pairs, self.n_super + 1), i32(pairs, self.n_super + 1)
         self.readers = torch.zeros((pairs, t), dtype=torch.int32, device=dev)
-        self.first_reader = i32(pairs, t + 1)
+        self.first_reader, self.next_reader, self.n_listed = i32(pairs, t), i32(pairs, t), i32(pairs)
         self.entries, self.sorted = i32(pairs, self.capacity), i32(pairs, self.capacity)
         self.sums, self.score_sums = f32(pairs, self.capacity, 2 * self.d), f32(pairs, self.capacity)
         self.dq, self.delta = bf16(b, t, self.h, self.d), f32(b, t, self.h)
@@ -164,47 +170,48 @@ class Routed:
             self.tau.fill_(-float("inf"))
             return
         grid, f = (self.n_chunks, self.g, self.b), lambda name: function("routing", name, KEPT=self.kept)
+        pairs, threads = self.b * self.g, min(self.kept, 1024)
         launch(f("sort_chunks"), grid, 512, self.chunk * 8, scores, self.lens, self.best, self.t, self.g, self.n_sink)
-        launch(f("scan_chunks"), (self.b * self.g,), min(self.kept, 1024), 0, self.best, self.n_chunks)
-        members = self.kept * 20 + self.chunk * 12 + 64
-        launch(f("route_blocks"), grid, 512, members, scores, self.lens, self.best, self.indices, self.tau, self.t, self.g, self.n_blocks,
-               self.n_places, self.window, self.top_k, self.every, self.n_sink)
+        launch(f("scan_chunks"), (self.n_groups, pairs), threads, 0, self.best, self.group_best, self.n_chunks, self.chunk_group)
+        launch(f("scan_chunks"), (1, pairs), threads, 0, self.group_best, None, self.n_groups, self.n_groups)
+        members = self.kept * 24 + self.chunk * 24 + 64
+        launch(f("route_blocks"), grid, 512, members, scores, self.lens, self.best, self.group_best, self.indices, self.tau, self.t, self.g, self.n_blocks,
+               self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk_group)
 
     def warpgroups(self):
         rows = self.every * self.group
         most = 3 if self.d == 64 else 2
-        return self.tuning["warpgroups"] or (most if rows % (64 * most) == 0 else min(2, ceil(rows, 64)))
+        return most if rows % (64 * most) == 0 else min(2, ceil(rows, 64))
 
-    def attention(self, name):
-        return function("attention", name, HEAD_DIM=self.d, GROUP=self.group, WARPGROUPS=self.warpgroups(), FWD_CTAS=self.tuning["fwd_ctas"],
-                        DQ_CTAS=self.tuning["dq_ctas"])
+    def attention(self, pass_):
+        wg, ctas, step = self.tuning[pass_]
+        name = "routed_attention_" + pass_
+        kernel = function("attention", name, HEAD_DIM=self.d, GROUP=self.group, WARPGROUPS=wg, FWD_CTAS=ctas, DQ_CTAS=ctas, KEY_STEP=step)
+        grid = (self.n_blocks * ceil(self.every * self.group, wg * 64), self.g, self.b)
+        row_tile, key_tile = wg * 64 * self.d * 2, step * self.d * 2
+        shared = row_tile + 4 * key_tile if pass_ == "fwd" else 2 * row_tile + 5 * key_tile + wg * 256
+        return kernel, grid, wg * 128, shared + 8 * self.n_places
 
     def keys(self, name):
         return function("keys", name, HEAD_DIM=self.d, GROUP=self.group, KEY_CTAS=self.tuning["key_ctas"])
 
     def fwd(self, q, k, v, scores):
-        wg = self.warpgroups()
-        grid = (self.n_blocks * ceil(self.every * self.group, wg * 64), self.g, self.b)
-        shared = wg * 64 * self.d * 2 + 4 * 64 * self.d * 2 + 8 * self.n_places
-        launch(self.attention("routed_attention_fwd"), grid, wg * 128, shared, q, k, v, scores if self.biased else None, self.indices, self.tau, self.lens,
-               self.o, self.lse, self.t, self.g, self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature)
+        launch(*self.attention("fwd"), q, k, v, scores if self.biased else None, self.indices, self.tau, self.lens, self.o, self.lse, self.t, self.g,
+               self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature)
 
     def bwd_dq(self, dout, q, k, v, scores):
-        wg = self.warpgroups()
-        grid = (self.n_blocks * ceil(self.every * self.group, wg * 64), self.g, self.b)
-        shared = 2 * wg * 64 * self.d * 2 + 4 * 64 * self.d * 2 + wg * 256 + 8 * self.n_places
-        launch(self.attention("routed_attention_dq"), grid, wg * 128, shared, dout, q, k, v, self.o, self.lse, scores if self.biased else None, self.indices,
-               self.tau, self.lens, self.dq, self.delta, self.t, self.g, self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature)
+        launch(*self.attention("dq"), dout, q, k, v, self.o, self.lse, scores if self.biased else None, self.indices, self.tau, self.lens, self.dq, self.delta,
+               self.t, self.g, self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature)
 
     def bwd_index(self):
         if self.n_places == 0:
             return
-        grid = (self.n_super, self.g, self.b)
-        launch(self.keys("superblock_keys"), grid, 256, 0, self.indices, self.lens, self.union_rows, self.union_blocks, self.n_union, self.readers, self.t, self.g,
-               self.n_blocks, self.n_places, self.every, self.span)
-        launch(self.keys("place_entries"), (self.b * self.g,), 1024, 0, self.n_union, self.readers, self.first_entry, self.first_tile, self.first_reader, self.t,
-               self.n_super, self.capacity)
-        launch(self.keys("list_entries"), grid, 256, 0, self.union_rows, self.n_union, self.first_entry, self.first_reader, self.readers, self.entries, self.t, self.g,
+        grid, pairs = (self.n_super, self.g, self.b), self.b * self.g
+        launch(self.keys("superblock_keys"), grid, 256, 0, self.indices, self.lens, self.union_rows, self.union_blocks, self.n_union, self.readers,
+               self.n_listed, self.t, self.g, self.n_blocks, self.n_places, self.every, self.span)
+        launch(self.keys("place_entries"), (ceil(self.t, 4096), pairs), 1024, 0, self.n_union, self.readers, self.first_entry, self.first_tile,
+               self.first_reader, self.next_reader, self.n_listed, self.t, self.n_super, self.capacity)
+        launch(self.keys("list_entries"), grid, 256, 0, self.union_rows, self.n_union, self.first_entry, self.next_reader, self.entries, self.t, self.g,
                self.n_places, self.span, self.capacity)
 
     def key_shared(self):
@@ -219,7 +226,7 @@ class Routed:
         launch(self.keys("dkv_routed"), (tiles, pairs), 128, self.key_shared(), dout, q, k, v, self.lse, self.delta, scores, self.tau, self.lens, self.union_rows,
                self.union_blocks, self.n_union, self.first_entry, self.first_tile, self.sums, self.score_sums, self.t, self.g, self.n_blocks, self.n_places,
                self.every, self.inverse_temperature, self.span, self.n_super, self.capacity)
-        launch(self.keys("sum_entries"), (ceil(self.t, 8), self.g, self.b), 256, 0, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
+        launch(self.keys("sum_entries"), (ceil(self.t, 8), self.g, self.b), 256, 0, self.readers, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
                self.dscores, self.t, self.g, self.capacity)
 
     def bwd_local(self, dout, q, k, v):

@@ -107,6 +107,7 @@ __device__ __forceinline__ u64 describe(u32 address, u32 leading, u32 stride) {
 
 #define ACC4(j) "+f"(acc[j][0]), "+f"(acc[j][1]), "+f"(acc[j][2]), "+f"(acc[j][3])
 #define ACC16(j) ACC4(j), ACC4(j + 1), ACC4(j + 2), ACC4(j + 3)
+#define REGS16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
 #define REGS32                                                                                                      \
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
     "%29,%30,%31}"
@@ -114,6 +115,13 @@ __device__ __forceinline__ u64 describe(u32 address, u32 leading, u32 stride) {
     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,"   \
     "%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"  \
     "%56,%57,%58,%59,%60,%61,%62,%63}"
+
+__device__ __forceinline__ void wgmma_tiles(float (&acc)[4][4], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " REGS16
+                 ", %16, %17, p, 1, 1, 0, 0;\n}"
+                 : ACC16(0)
+                 : "l"(a), "l"(b), "r"(add));
+}
 
 __device__ __forceinline__ void wgmma_tiles(float (&acc)[8][4], u64 a, u64 b, int add) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " REGS32
@@ -158,7 +166,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u3
 
 #endif
 
-// acc = A B^T: rows `a_row..a_row + 64` of tile `a`, all N = 64 rows of tile `b`, over D columns.
+// acc = A B^T: rows `a_row..a_row + 64` of tile `a`, all N (32 or 64) rows of tile `b`, over D columns.
 template <int D, int A_ROWS, int N>
 __device__ __forceinline__ void product_of_tiles(float (&acc)[N / 8][4], u32 a, int a_row, u32 b) {
 #if WGMMA

@@ -12,8 +12,8 @@
 // Buffers, for P = B * G pairs, n = ceil(n_blocks / span) superblocks, `capacity` entries a pair (for what a
 // top-k router chose, T + n * n_places always suffice, otherwise n_blocks * n_places):
 //   union_rows, union_blocks [P, n, span * n_places]; n_union [P, n]; first_entry, first_tile [P, n + 1];
-//   readers [P, T], zero before and after; first_reader [P, T + 1]; entries, sorted [P, capacity];
-//   sums [P, capacity, 2 D]; score_sums [P, capacity].
+//   readers [P, T], zero before and after; first_reader (-1 for a key without any), next_reader [P, T]; n_listed [P];
+//   entries, sorted [P, capacity]; sums [P, capacity, 2 D]; score_sums [P, capacity].
 
 constexpr int D = HEAD_DIM, KEYS = 64, ROWS = 64, THREADS = 128;
 constexpr int TILE = 64 * D * 2;
@@ -32,7 +32,7 @@ __device__ __forceinline__ bool holds(const int* list, int n, u32 row) {
 
 // The routed keys of a superblock, each once, with a bit for every block that reads it. Grid [n, G, B], 256 threads.
 extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* indices, const int* lens, int* union_rows, u32* union_blocks, int* n_union, int* readers,
-                                                                  int T, int G, int n_blocks, int n_places, int every, int span) {
+                                                                  int* n_listed, int T, int G, int n_blocks, int n_places, int every, int span) {
     __shared__ int n_of_warp[8];
     const int superblock = blockIdx.x, g = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const long pair = (long)b * G + g, at = (pair * gridDim.x + superblock) * span * n_places;
@@ -45,7 +45,7 @@ extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* ind
         const int row = i < n_valid * n_places ? lists[block * stride + i % n_places] : -1;
         bool is_first = row >= 0;
         // Whoever comes first in the order of blocks speaks for the key.
-        for (int other = 0; is_first && other < block; other++) is_first = !holds(lists + other * stride, n_places, row);
+        for (int other = block - 1; is_first && other >= 0; other--) is_first = !holds(lists + other * stride, n_places, row);
         u32 blocks = 0;
         if (is_first) {
             blocks = 1u << block;
@@ -66,7 +66,10 @@ extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* ind
             atomicAdd(readers + pair * T + row, 1);
         }
     }
-    if (threadIdx.x == 0) n_union[pair * gridDim.x + superblock] = n;
+    if (threadIdx.x == 0) {
+        n_union[pair * gridDim.x + superblock] = n;
+        if (superblock == 0) n_listed[pair] = 0;
+    }
 }
 
 // Running sums of `value(0..n)` to `out[0..n]`, for 1024 threads.
@@ -106,25 +109,61 @@ __device__ __forceinline__ int running_sums(int* out, int n, Value value) {
     return before;
 }
 
-// Where the entries of a superblock, its tiles of 64 keys, and the readers of a key begin. Grid [P], 1024 threads.
-extern "C" __global__ __launch_bounds__(1024) void place_entries(const int* n_union, const int* readers, int* first_entry, int* first_tile, int* first_reader, int T,
-                                                                 int n, int capacity) {
-    const long pair = blockIdx.x;
-    n_union += pair * n;
-    const int total = running_sums(first_entry + pair * (n + 1), n, [&](int i) { return n_union[i]; });
-    running_sums(first_tile + pair * (n + 1), n, [&](int i) { return (n_union[i] + KEYS - 1) / KEYS; });
-    running_sums(first_reader + pair * (T + 1), T, [&](int i) { return readers[pair * T + i]; });
-    if (total > capacity) __trap();
+// Where the entries of a superblock, its tiles of 64 keys, and the readers of a key begin. The order of the lists of
+// readers is left to chance, since nothing depends on it. Grid [ceil(T / 4096), P], 1024 threads.
+extern "C" __global__ __launch_bounds__(1024) void place_entries(const int* n_union, const int* readers, int* first_entry, int* first_tile, int* first_reader,
+                                                                 int* next_reader, int* n_listed, int T, int n, int capacity) {
+    __shared__ int of_warp[32], begin;
+    const long pair = blockIdx.y;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int count[4], mine = 0;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int key = blockIdx.x * 4096 + e * 1024 + threadIdx.x;
+        count[e] = key < T ? readers[pair * T + key] : 0;
+        mine += count[e];
+    }
+    int sum = mine;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, sum, d);
+        if (lane >= d) sum += other;
+    }
+    if (lane == 31) of_warp[warp] = sum;
+    __syncthreads();
+    int to = sum - mine, total = 0;
+    for (int w = 0; w < 32; w++) {
+        if (w < warp) to += of_warp[w];
+        total += of_warp[w];
+    }
+    if (threadIdx.x == 0) begin = atomicAdd(n_listed + pair, total);
+    __syncthreads();
+    to += begin;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int key = blockIdx.x * 4096 + e * 1024 + threadIdx.x;
+        if (key < T) {
+            first_reader[pair * T + key] = count[e] ? to : -1;
+            next_reader[pair * T + key] = to;
+        }
+        to += count[e];
+    }
+    if (blockIdx.x == 0) {
+        n_union += pair * n;
+        const int n_entries = running_sums(first_entry + pair * (n + 1), n, [&](int i) { return n_union[i]; });
+        running_sums(first_tile + pair * (n + 1), n, [&](int i) { return (n_union[i] + KEYS - 1) / KEYS; });
+        if (n_entries > capacity) __trap();
+    }
 }
 
 // The entries of every key, in no order. Grid [n, G, B], 256 threads.
-extern "C" __global__ __launch_bounds__(256) void list_entries(const int* union_rows, const int* n_union, const int* first_entry, const int* first_reader, int* readers,
-                                                               int* entries, int T, int G, int n_places, int span, int capacity) {
+extern "C" __global__ __launch_bounds__(256) void list_entries(const int* union_rows, const int* n_union, const int* first_entry, int* next_reader, int* entries,
+                                                               int T, int G, int n_places, int span, int capacity) {
     const long pair = (long)blockIdx.z * G + blockIdx.y, at = pair * gridDim.x + blockIdx.x;
     const int first = first_entry[pair * (gridDim.x + 1) + blockIdx.x];
     for (int i = threadIdx.x; i < n_union[at]; i += 256) {
         const int row = union_rows[at * span * n_places + i];
-        const int to = first_reader[pair * (T + 1) + row] + atomicSub(readers + pair * T + row, 1) - 1;
+        const int to = atomicAdd(next_reader + pair * T + row, 1);
         entries[pair * capacity + to] = first + i;
     }
 }
@@ -388,17 +427,19 @@ extern "C" __global__ __launch_bounds__(THREADS, KEY_CTAS) void dkv_routed(const
 
 // Add up the entries of every key in ascending order, into the first one, whose number goes to the front of the key's
 // list; dscores [B, T, G] (or null). Grid [ceil(T / 8), G, B], 256 threads.
-extern "C" __global__ __launch_bounds__(256) void sum_entries(const int* first_reader, const int* entries, int* sorted, float* sums, const float* score_sums,
+extern "C" __global__ __launch_bounds__(256) void sum_entries(int* readers, const int* first_reader, const int* entries, int* sorted, float* sums, const float* score_sums,
                                                               float* dscores, int T, int G, int capacity) {
     const int lane = threadIdx.x % 32, key = blockIdx.x * 8 + threadIdx.x / 32, g = blockIdx.y, b = blockIdx.z;
     if (key >= T) return;
     const long pair = (long)b * G + g;
-    const int first = first_reader[pair * (T + 1) + key], n = first_reader[pair * (T + 1) + key + 1] - first;
+    const int first = first_reader[pair * T + key], n = readers[pair * T + key];
     float* dscore = dscores ? dscores + ((long)b * T + key) * G + g : nullptr;
     if (n == 0) {
         if (dscore && lane == 0) *dscore = 0.0f;
         return;
     }
+    __syncwarp();
+    if (lane == 0) readers[pair * T + key] = 0;
     entries += pair * capacity + first, sorted += pair * capacity + first;
     for (int i = lane; i < n; i += 32) {
         const int mine = entries[i];
@@ -486,8 +527,8 @@ extern "C" __global__ __launch_bounds__(THREADS, KEY_CTAS) void dkv_local(const 
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int key = half ? bias.key1 : bias.key0;
-            const int at = key < T ? first_reader[pair * (T + 1) + key] : 0;
-            if (key < T && first_reader[pair * (T + 1) + key + 1] > at) {
+            const int at = key < T ? first_reader[pair * T + key] : -1;
+            if (at >= 0) {
                 const float* from = sums + (pair * capacity + sorted[pair * capacity + at]) * (2 * D) + column;
 #pragma unroll
                 for (int j = 0; j < D / 8; j++) {

@@ -1,22 +1,26 @@
 // Routed attention by blocks of queries: the forward pass and the gradient of the queries.
 // Follows attention_tile/tile.cuh. Compiled with HEAD_DIM (64 or 128), GROUP (query heads per KV head) and
-// WARPGROUPS (64 rows each).
+// WARPGROUPS (64 rows each); FWD_CTAS and DQ_CTAS bound the registers so that as many blocks of threads fit together.
 //
 // A row is one query of one head. The `route_every * GROUP` rows of a block of queries and a KV head see one list
 // of keys: the routed ones, gathered, then the local strip, contiguous. Only the strip's end is masked. So a tile of
-// rows walks over the list in steps of 64 keys, with copies one step ahead, and every gathered key serves all its
-// rows. Positions start at 0 and key rows are positions.
+// rows walks over the list in steps of KEYS keys, and every gathered key serves all its rows. Copies and the product
+// that yields the logits run one step ahead of the product with the values, so that the matrix unit works while a
+// warp computes its softmax (FlashAttention-3, section 3.2).
+// Positions start at 0 and key rows are positions.
 //
 // Grid: x = n_blocks * ceil(route_every * GROUP / ROWS), y = KV heads, z = batch; WARPGROUPS * 128 threads;
 // dynamic shared memory: see `Layout`.
 
-constexpr int D = HEAD_DIM, ROWS = WARPGROUPS * 64, THREADS = WARPGROUPS * 128, KEYS = 64;
+constexpr int D = HEAD_DIM, ROWS = WARPGROUPS * 64, THREADS = WARPGROUPS * 128, KEYS = KEY_STEP;
 constexpr float LOG2E = 1.4426950408889634f;
 
 // Offsets in shared memory, in bytes. The list of routed keys and their biases follow, 4 bytes each.
 struct Layout {
     static constexpr int row_tile = ROWS * D * 2, key_tile = KEYS * D * 2;
 };
+
+using Logits = float[KEYS / 8][4];
 
 struct Keys {
     const int* rows;    // Routed rows, in shared memory.
@@ -77,18 +81,13 @@ __device__ __forceinline__ Keys list_keys(const Place& p, int* rows, float* bias
     return keys;
 }
 
-__device__ __forceinline__ void copy_keys(u32 k_tile, u32 v_tile, const bf16* k, const bf16* v, const Keys& keys, const Place& p, int step, int T, int G) {
-    constexpr int PIECES = D / 8;
-    const int piece = threadIdx.x % PIECES;
-#pragma unroll
-    for (int i = threadIdx.x / PIECES; i < KEYS; i += THREADS / PIECES) {
+// Copy the rows of a step's keys, zeros behind the list's end.
+__device__ __forceinline__ void copy_keys(u32 tile, const bf16* x, const Keys& keys, const Place& p, int step, int T, int G) {
+    copy_rows<KEYS, D, THREADS>(tile, x, [&](int i) {
         const int slot = step * KEYS + i;
-        const bool real = slot < keys.n;
-        const int row = !real ? 0 : slot < keys.n_routed ? keys.rows[slot] : keys.first_local + slot - keys.n_routed;
-        const long from = (((long)p.b * T + row) * G + p.g) * D + piece * 8;
-        copy16(k_tile + tile_at<KEYS>(i, piece), k + from, real);
-        copy16(v_tile + tile_at<KEYS>(i, piece), v + from, real);
-    }
+        const int row = slot < keys.n_routed ? keys.rows[slot] : keys.first_local + slot - keys.n_routed;
+        return slot < keys.n ? x + (((long)p.b * T + row) * G + p.g) * D : nullptr;
+    });
 }
 
 __device__ __forceinline__ void copy_queries(u32 tile, const bf16* x, const Place& p, int T, int G) {
@@ -146,32 +145,25 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
 
     copy_queries(q_tile, q, p, T, G);
     const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
-    copy_keys(kv, kv + Layout::key_tile, k, v, keys, p, 0, T, G);
+    const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = threadIdx.x / 128 * 64;
+    const auto k_tile = [&](int step) { return kv + step % 2 * Layout::key_tile; };
+    const auto v_tile = [&](int step) { return kv + (2 + step % 2) * Layout::key_tile; };
+    copy_keys(k_tile(0), k, keys, p, 0, T, G);
+    copies_commit();
+    copy_keys(k_tile(1), k, keys, p, 1, T, G);
+    copy_keys(v_tile(0), v, keys, p, 0, T, G);
     copies_commit();
 
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
     const int limit0 = last_slot(p, keys, row), limit1 = last_slot(p, keys, row + 8);
     const int first_masked = (last_slot(p, keys, 0) + 1) / KEYS;
     const float scale = LOG2E * rsqrtf((float)D);
-    float out[D / 8][4] = {}, max0 = -infinity(), max1 = -infinity(), sum0 = 0.0f, sum1 = 0.0f;
-    const int steps = (keys.n + KEYS - 1) / KEYS;
-    for (int step = 0; step < steps; step++) {
-        const u32 k_tile = kv + step % 2 * (2 * Layout::key_tile), v_tile = k_tile + Layout::key_tile;
-        copies_wait<0>();
-        __syncthreads();
-        if (step + 1 < steps) {
-            const u32 next = kv + (step + 1) % 2 * (2 * Layout::key_tile);
-            copy_keys(next, next + Layout::key_tile, k, v, keys, p, step + 1, T, G);
-            copies_commit();
-        }
-        float s[KEYS / 8][4];
-        products_begin();
-        product_of_tiles<D, ROWS, KEYS>(s, q_tile, threadIdx.x / 128 * 64, k_tile);
-        products_commit();
-        products_wait<0>();
-        bias_and_mask(s, keys, bias, step, first_masked, limit0, limit1);
+    float out[D / 8][4] = {}, max0 = -infinity(), max1 = -infinity(), sum0 = 0.0f, sum1 = 0.0f, shrink0, shrink1;
 
-        // Online softmax; the first step holds a key that the row sees, so the maxima are finite.
+    // Online softmax; the first step holds a key that the row sees, so the maxima are finite.
+    Logits s;
+    const auto softmax = [&](int step) {
+        bias_and_mask(s, keys, bias, step, first_masked, limit0, limit1);
         float new0 = max0, new1 = max1;
 #pragma unroll
         for (int j = 0; j < KEYS / 8; j++) {
@@ -179,8 +171,8 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
             new1 = fmaxf(new1, fmaxf(s[j][2], s[j][3]));
         }
         new0 = quad_max(new0), new1 = quad_max(new1);
-        const float shrink0 = exp2_fast((max0 - new0) * scale), shrink1 = exp2_fast((max1 - new1) * scale);
         const float top0 = new0 * scale, top1 = new1 * scale;
+        shrink0 = exp2_fast(max0 * scale - top0), shrink1 = exp2_fast(max1 * scale - top1);
         max0 = new0, max1 = new1;
         sum0 *= shrink0, sum1 *= shrink1;
 #pragma unroll
@@ -192,18 +184,43 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
             sum0 += s[j][0] + s[j][1];
             sum1 += s[j][2] + s[j][3];
         }
-        u32 weights[KEYS / 16][4];
+    };
+    copies_wait<1>();
+    __syncthreads();
+    products_begin();
+    product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(0));
+    products_commit();
+    products_wait<0>();
+    softmax(0);
+    u32 weights[KEYS / 16][4];
+    to_fragments<KEYS>(weights, s);
+    for (int step = 1; step < steps; step++) {
+        copies_wait<0>();
+        __syncthreads();
+        if (step + 1 < steps) copy_keys(k_tile(step + 1), k, keys, p, step + 1, T, G);
+        copy_keys(v_tile(step), v, keys, p, step, T, G);
+        copies_commit();
+        products_begin();
+        product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
+        products_commit();
+        product_with_tile<KEYS, D>(out, weights, v_tile(step - 1));
+        products_commit();
+        products_wait<1>();
+        softmax(step);
+        products_wait<0>();
         to_fragments<KEYS>(weights, s);
 #pragma unroll
         for (int j = 0; j < D / 8; j++) {
             out[j][0] *= shrink0, out[j][1] *= shrink0;
             out[j][2] *= shrink1, out[j][3] *= shrink1;
         }
-        products_begin();
-        product_with_tile<KEYS, D>(out, weights, v_tile);
-        products_commit();
-        products_wait<0>();
     }
+    copies_wait<0>();
+    __syncthreads();
+    products_begin();
+    product_with_tile<KEYS, D>(out, weights, v_tile(steps - 1));
+    products_commit();
+    products_wait<0>();
     sum0 = quad_sum(sum0), sum1 = quad_sum(sum1);
     __syncthreads();
     accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, 1.0f / sum0, 1.0f / sum1);
@@ -232,16 +249,26 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
         return;
     }
     const u32 q_tile = shared_address(shared), dout_tile = q_tile + Layout::row_tile, kv = dout_tile + Layout::row_tile;
-    float* deltas = (float*)(shared + 2 * Layout::row_tile + 4 * Layout::key_tile);
+    float* deltas = (float*)(shared + 2 * Layout::row_tile + 5 * Layout::key_tile);
     int* rows = (int*)(deltas + ROWS);
     float* bias = scores ? (float*)(rows + n_places) : nullptr;
 
     copy_queries(q_tile, q, p, T, G);
     copy_queries(dout_tile, dout, p, T, G);
     const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
-    copy_keys(kv, kv + Layout::key_tile, k, v, keys, p, 0, T, G);
-    copies_commit();
-    copies_wait<0>();
+    const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = threadIdx.x / 128 * 64;
+    const auto k_tile = [&](int step) { return kv + step % 3 * Layout::key_tile; };
+    const auto v_tile = [&](int step) { return kv + (3 + step % 2) * Layout::key_tile; };
+    const auto fetch = [&](int step) {
+        if (step < steps) {
+            copy_keys(k_tile(step), k, keys, p, step, T, G);
+            copy_keys(v_tile(step), v, keys, p, step, T, G);
+        }
+        copies_commit();
+    };
+    fetch(0);
+    fetch(1);
+    copies_wait<1>();
     __syncthreads();
     {
         constexpr int PIECES = D / 8;
@@ -273,46 +300,45 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
     const float top0 = row < p.n_rows ? lse[p.at(row, T, G)] * LOG2E : infinity(), top1 = row + 8 < p.n_rows ? lse[p.at(row + 8, T, G)] * LOG2E : infinity();
     const float delta0 = deltas[row], delta1 = deltas[row + 8];
     float out[D / 8][4] = {};
-    const int steps = (keys.n + KEYS - 1) / KEYS;
-    for (int step = 0; step < steps; step++) {
-        const u32 k_tile = kv + step % 2 * (2 * Layout::key_tile), v_tile = k_tile + Layout::key_tile;
-        copies_wait<0>();
-        __syncthreads();
-        if (step + 1 < steps) {
-            const u32 next = kv + (step + 1) % 2 * (2 * Layout::key_tile);
-            copy_keys(next, next + Layout::key_tile, k, v, keys, p, step + 1, T, G);
-            copies_commit();
-        }
-        float s[KEYS / 8][4], ds[KEYS / 8][4];
+
+    Logits s, ds;
+    u32 factors[KEYS / 16][4];
+    const auto start = [&](int step) {
         products_begin();
-        product_of_tiles<D, ROWS, KEYS>(s, q_tile, threadIdx.x / 128 * 64, k_tile);
+        product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
+        product_of_tiles<D, ROWS, KEYS>(ds, dout_tile, warpgroup_row, v_tile(step));
         products_commit();
-        product_of_tiles<D, ROWS, KEYS>(ds, dout_tile, threadIdx.x / 128 * 64, v_tile);
-        products_commit();
-        products_wait<1>();
+    };
+    const auto logit_gradients = [&](int step) {
         bias_and_mask(s, keys, bias, step, first_masked, limit0, limit1);
 #pragma unroll
         for (int j = 0; j < KEYS / 8; j++) {
-            s[j][0] = exp2_fast(s[j][0] * scale - top0);
-            s[j][1] = exp2_fast(s[j][1] * scale - top0);
-            s[j][2] = exp2_fast(s[j][2] * scale - top1);
-            s[j][3] = exp2_fast(s[j][3] * scale - top1);
+            s[j][0] = exp2_fast(s[j][0] * scale - top0) * (ds[j][0] - delta0);
+            s[j][1] = exp2_fast(s[j][1] * scale - top0) * (ds[j][1] - delta0);
+            s[j][2] = exp2_fast(s[j][2] * scale - top1) * (ds[j][2] - delta1);
+            s[j][3] = exp2_fast(s[j][3] * scale - top1) * (ds[j][3] - delta1);
         }
-        products_wait<0>();
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-            s[j][0] *= ds[j][0] - delta0;
-            s[j][1] *= ds[j][1] - delta0;
-            s[j][2] *= ds[j][2] - delta1;
-            s[j][3] *= ds[j][3] - delta1;
-        }
-        u32 factors[KEYS / 16][4];
-        to_fragments<KEYS>(factors, s);
-        products_begin();
-        product_with_tile<KEYS, D>(out, factors, k_tile);
+    };
+    start(0);
+    products_wait<0>();
+    logit_gradients(0);
+    to_fragments<KEYS>(factors, s);
+    for (int step = 1; step < steps; step++) {
+        copies_wait<0>();
+        __syncthreads();
+        fetch(step + 1);
+        start(step);
+        product_with_tile<KEYS, D>(out, factors, k_tile(step - 1));
         products_commit();
+        products_wait<1>();
+        logit_gradients(step);
         products_wait<0>();
+        to_fragments<KEYS>(factors, s);
     }
+    products_begin();
+    product_with_tile<KEYS, D>(out, factors, k_tile(steps - 1));
+    products_commit();
+    products_wait<0>();
     __syncthreads();
     accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, rsqrtf((float)D), rsqrtf((float)D));
     __syncthreads();
