@@ -309,17 +309,17 @@ def time_shape(shape, t, rates, tuning=None, peer=True, parts=True, w=128, k=256
     return row
 
 
-# Warpgroups of a block of threads, blocks that must fit a multiprocessor, keys a step.
+# Warpgroups of a block of threads, blocks that must fit a multiprocessor, keys a step, products ahead.
 VARIANTS = {
     SMALL: {
-        "fwd": [(3, 1, 64), (1, 4, 64), (1, 3, 64), (3, 2, 32)],
-        "dq": [(3, 1, 64), (1, 3, 64), (1, 4, 32)],
+        "fwd": [(3, 1, 64, 1), (3, 1, 64, 0), (1, 5, 64, 0), (1, 4, 64, 1)],
+        "dq": [(3, 1, 64, 1), (1, 3, 64, 1)],
         "key_ctas": [2, 3],
     },
     LARGE: {
-        "fwd": [(2, 1, 64), (2, 2, 32), (2, 2, 64), (1, 3, 64), (1, 4, 32)],
-        "dq": [(2, 1, 64), (1, 2, 64), (2, 2, 32), (1, 3, 32)],
-        "key_ctas": [1, 2],
+        "fwd": [(2, 2, 64, 0), (2, 2, 32, 1), (2, 1, 64, 1)],
+        "dq": [(2, 1, 64, 1), (2, 2, 32, 1), (1, 2, 64, 1)],
+        "key_ctas": [2],
     },
 }
 

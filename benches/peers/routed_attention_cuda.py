@@ -120,9 +120,9 @@ class Routed:
         self.n_candidates = max(0, (self.n_blocks - 1) * every + 1 - window)
         self.n_places = min(top_k, self.n_candidates)
         self.group = heads // kv_heads
-        # Of the forward pass and of dq: warpgroups, blocks of threads that must fit a multiprocessor, keys a step.
+        # Of the forward pass and of dq: warpgroups, blocks of threads that must fit a multiprocessor, keys a step, products ahead.
         wg = self.warpgroups()
-        self.tuning = {"fwd": (wg, 1, 64), "dq": (wg, 1, 64), "key_ctas": 2, "span": None} | (tuning or {})
+        self.tuning = {"fwd": (wg, 1, 64, 1) if d == 64 else (wg, 2, 64, 0), "dq": (wg, 1, 64, 1), "key_ctas": 2, "span": None} | (tuning or {})
         b, g = self.b, self.g
         f32 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.float32, device=dev)
         i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
@@ -148,8 +148,9 @@ class Routed:
         b, t, g, pairs = self.b, self.t, self.g, self.b * self.g
         span = self.tuning["span"]
         if span is None:
-            span = max(1, min(32, 512 // self.every))
-            while span > 1 and ceil(self.n_blocks, span) * pairs < 48:
+            # Long superblocks leave fewer partial sums, short ones more to do side by side; the table of keys must fit.
+            span = 32
+            while span > 1 and (span * self.n_places > 8192 or ceil(self.n_blocks, span) * pairs < (48 if span * self.every <= 512 else 200)):
                 span //= 2
         self.span, self.n_super = span, ceil(self.n_blocks, span)
         self.capacity = max(1, min(self.n_blocks * self.n_places, t + self.n_super * self.n_places))
@@ -170,10 +171,10 @@ class Routed:
             self.tau.fill_(-float("inf"))
             return
         grid, f = (self.n_chunks, self.g, self.b), lambda name: function("routing", name, KEPT=self.kept)
-        pairs, threads = self.b * self.g, min(self.kept, 1024)
+        pairs = self.b * self.g
         launch(f("sort_chunks"), grid, 512, self.chunk * 8, scores, self.lens, self.best, self.t, self.g, self.n_sink)
-        launch(f("scan_chunks"), (self.n_groups, pairs), threads, 0, self.best, self.group_best, self.n_chunks, self.chunk_group)
-        launch(f("scan_chunks"), (1, pairs), threads, 0, self.group_best, None, self.n_groups, self.n_groups)
+        launch(f("scan_chunks"), (self.n_groups, pairs), 512, 0, self.best, self.group_best, self.n_chunks, self.chunk_group)
+        launch(f("scan_chunks"), (1, pairs), 512, 0, self.group_best, None, self.n_groups, self.n_groups)
         members = self.kept * 24 + self.chunk * 24 + 64
         launch(f("route_blocks"), grid, 512, members, scores, self.lens, self.best, self.group_best, self.indices, self.tau, self.t, self.g, self.n_blocks,
                self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk_group)
@@ -184,9 +185,9 @@ class Routed:
         return most if rows % (64 * most) == 0 else min(2, ceil(rows, 64))
 
     def attention(self, pass_):
-        wg, ctas, step = self.tuning[pass_]
+        wg, ctas, step, ahead = self.tuning[pass_]
         name = "routed_attention_" + pass_
-        kernel = function("attention", name, HEAD_DIM=self.d, GROUP=self.group, WARPGROUPS=wg, FWD_CTAS=ctas, DQ_CTAS=ctas, KEY_STEP=step)
+        kernel = function("attention", name, HEAD_DIM=self.d, GROUP=self.group, WARPGROUPS=wg, FWD_CTAS=ctas, DQ_CTAS=ctas, KEY_STEP=step, AHEAD=ahead)
         grid = (self.n_blocks * ceil(self.every * self.group, wg * 64), self.g, self.b)
         row_tile, key_tile = wg * 64 * self.d * 2, step * self.d * 2
         shared = row_tile + 4 * key_tile if pass_ == "fwd" else 2 * row_tile + 5 * key_tile + wg * 256
@@ -207,8 +208,11 @@ class Routed:
         if self.n_places == 0:
             return
         grid, pairs = (self.n_super, self.g, self.b), self.b * self.g
-        launch(self.keys("superblock_keys"), grid, 256, 0, self.indices, self.lens, self.union_rows, self.union_blocks, self.n_union, self.readers,
-               self.n_listed, self.t, self.g, self.n_blocks, self.n_places, self.every, self.span)
+        slots = 256
+        while slots < 2 * self.span * self.n_places:
+            slots *= 2
+        launch(self.keys("superblock_keys"), grid, 256, slots * 8, self.indices, self.lens, self.union_rows, self.union_blocks, self.n_union, self.readers,
+               self.n_listed, self.t, self.g, self.n_blocks, self.n_places, self.every, self.span, slots)
         launch(self.keys("place_entries"), (ceil(self.t, 4096), pairs), 1024, 0, self.n_union, self.readers, self.first_entry, self.first_tile,
                self.first_reader, self.next_reader, self.n_listed, self.t, self.n_super, self.capacity)
         launch(self.keys("list_entries"), grid, 256, 0, self.union_rows, self.n_union, self.first_entry, self.next_reader, self.entries, self.t, self.g,

@@ -44,9 +44,12 @@ __device__ __forceinline__ float high_float(u32 pair) { return __int_as_float(pa
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// Asynchronous copy of 16 bytes, or 16 zero bytes.
-__device__ __forceinline__ void copy16(u32 to, const void* from, bool real) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+// The thread's warpgroup in its block, in a form that the compiler knows to be the same for a warp.
+__device__ __forceinline__ int warpgroup() { return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); }
+
+// Asynchronous copy of 16 bytes.
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -66,16 +69,37 @@ __device__ __forceinline__ u32 tile_at(int row, int piece) {
     return (piece >> 3) * (ROWS * 128) + row * 128 + (((piece ^ row) & 7) << 4);
 }
 
-// Copy ROWS rows of D numbers; `source(row)` is the row's address, or null for a row of zeros.
-template <int ROWS, int D, int THREADS, class Source>
-__device__ __forceinline__ void copy_rows(u32 tile, const bf16* any, Source source) {
-    constexpr int PIECES = D / 8;
-    const int piece = threadIdx.x % PIECES;
+// For every 16-byte piece of a tile that falls to this thread: `each(row, offset of the piece in the tile)`. A thread's
+// pieces lie in one column, `threadIdx.x % (D / 8)`.
+template <int ROWS, int D, int THREADS, class Each>
+__device__ __forceinline__ void for_pieces(Each each) {
+    constexpr int STRIDE = THREADS / (D / 8);
+    static_assert(STRIDE % 8 == 0, "rows of a thread share their place in the permutation");
+    const int first = threadIdx.x / (D / 8);
+    const u32 offset = tile_at<ROWS>(first, threadIdx.x % (D / 8));
 #pragma unroll
-    for (int row = threadIdx.x / PIECES; row < ROWS; row += THREADS / PIECES) {
-        const bf16* from = source(row);
-        copy16(tile + tile_at<ROWS>(row, piece), from ? from + piece * 8 : any, from != nullptr);
+    for (int i = 0; i < ROWS; i += STRIDE) {
+        if (ROWS % STRIDE == 0 || first + i < ROWS) each(first + i, offset + i * 128);
     }
+}
+
+// Copy rows of D numbers to a tile: to its row `i` row `source(i)` of `x`. A copy costs two instructions if `source`
+// costs none: they are a good part of what a step issues.
+template <int ROWS, int D, int THREADS, class Source>
+__device__ __forceinline__ void copy_rows(u32 tile, const bf16* x, Source source) {
+    const char* piece = (const char*)(x + threadIdx.x % (D / 8) * 8);
+    for_pieces<ROWS, D, THREADS>([&](int row, u32 at) { copy16(tile + at, piece + (u64)(u32)source(row) * (D * 2)); });
+}
+
+// The same rows of two matrices to two tiles.
+template <int ROWS, int D, int THREADS, class Source>
+__device__ __forceinline__ void copy_rows(u32 x_tile, const bf16* x, u32 y_tile, const bf16* y, Source source) {
+    const char *x_piece = (const char*)(x + threadIdx.x % (D / 8) * 8), *y_piece = (const char*)(y + threadIdx.x % (D / 8) * 8);
+    for_pieces<ROWS, D, THREADS>([&](int row, u32 at) {
+        const u64 from = (u64)(u32)source(row) * (D * 2);
+        copy16(x_tile + at, x_piece + from);
+        copy16(y_tile + at, y_piece + from);
+    });
 }
 
 __device__ __forceinline__ void products_begin() {
@@ -100,9 +124,11 @@ __device__ __forceinline__ void products_wait() {
 
 #if WGMMA
 
-// Describes a tile to wgmma: 128-byte swizzle, `leading` and `stride` in bytes.
-__device__ __forceinline__ u64 describe(u32 address, u32 leading, u32 stride) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | 1ull << 62;
+// Describes a tile to wgmma: 128-byte swizzle, groups of 8 rows 1024 bytes apart, panels `panel` bytes apart. The address
+// comes in two parts so that only the first is computed.
+__device__ __forceinline__ u64 describe(u32 tile, u32 offset, u32 panel) {
+    const u32 low = (tile >> 4) + (offset >> 4) + (panel >> 4 << 16), high = (1024 >> 4) | 1u << 30;
+    return (u64)high << 32 | low;
 }
 
 #define ACC4(j) "+f"(acc[j][0]), "+f"(acc[j][1]), "+f"(acc[j][2]), "+f"(acc[j][3])
@@ -172,8 +198,8 @@ __device__ __forceinline__ void product_of_tiles(float (&acc)[N / 8][4], u32 a, 
 #if WGMMA
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
-        const u64 a_tile = describe(a + (i / 4) * (A_ROWS * 128) + a_row * 128 + (i % 4) * 32, 16, 1024);
-        const u64 b_tile = describe(b + (i / 4) * (N * 128) + (i % 4) * 32, 16, 1024);
+        const u64 a_tile = describe(a + a_row * 128, (i / 4) * (A_ROWS * 128) + (i % 4) * 32, 16);
+        const u64 b_tile = describe(b, (i / 4) * (N * 128) + (i % 4) * 32, 16);
         wgmma_tiles(acc, a_tile, b_tile, i > 0);
     }
 #else
@@ -200,7 +226,7 @@ template <int K, int D>
 __device__ __forceinline__ void product_with_tile(float (&acc)[D / 8][4], const u32 (&a)[K / 16][4], u32 b) {
 #if WGMMA
 #pragma unroll
-    for (int i = 0; i < K / 16; i++) wgmma_registers(acc, a[i], describe(b + i * 2048, K * 128, 1024));
+    for (int i = 0; i < K / 16; i++) wgmma_registers(acc, a[i], describe(b, i * 2048, K * 128));
 #else
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -239,15 +265,12 @@ __device__ __forceinline__ void accumulators_to_tile(unsigned char* tile, int ro
     }
 }
 
-// Write a tile's rows to memory, 16 bytes at a time; `target(row)` is the row's address, or null to leave it.
+// Write the first `n` rows of a tile to the rows `target(i)` of `x`.
 template <int ROWS, int D, int THREADS, class Target>
-__device__ __forceinline__ void store_rows(const unsigned char* tile, Target target) {
-    constexpr int PIECES = D / 8;
-    const int piece = threadIdx.x % PIECES;
-    for (int row = threadIdx.x / PIECES; row < ROWS; row += THREADS / PIECES) {
-        bf16* to = target(row);
-        if (to) *(uint4*)(to + piece * 8) = *(const uint4*)(tile + tile_at<ROWS>(row, piece));
-    }
+__device__ __forceinline__ void store_rows(const unsigned char* tile, bf16* x, int n, Target target) {
+    for_pieces<ROWS, D, THREADS>([&](int row, u32 at) {
+        if (row < n) *(uint4*)(x + (u64)(u32)target(row) * D + threadIdx.x % (D / 8) * 8) = *(const uint4*)(tile + at);
+    });
 }
 
 // Larger and sum of a value over the four threads that share a row of accumulators.

@@ -19,53 +19,48 @@ constexpr int D = HEAD_DIM, KEYS = 64, ROWS = 64, THREADS = 128;
 constexpr int TILE = 64 * D * 2;
 constexpr float LOG2E = 1.4426950408889634f;
 
-// Whether an ascending list of row numbers, padded with -1, holds `row`.
-__device__ __forceinline__ bool holds(const int* list, int n, u32 row) {
-    int low = 0, high = n;
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if ((u32)list[middle] < row) low = middle + 1;
-        else high = middle;
-    }
-    return low < n && (u32)list[low] == row;
-}
-
-// The routed keys of a superblock, each once, with a bit for every block that reads it. Grid [n, G, B], 256 threads.
+// The routed keys of a superblock, each once and in any order, with a bit for every block that reads it. Grid [n, G, B],
+// 256 threads; dynamic shared memory: `n_slots` (a power of two, at least twice span * n_places) slots of 8 bytes.
 extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* indices, const int* lens, int* union_rows, u32* union_blocks, int* n_union, int* readers,
-                                                                  int* n_listed, int T, int G, int n_blocks, int n_places, int every, int span) {
-    __shared__ int n_of_warp[8];
-    const int superblock = blockIdx.x, g = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+                                                                  int* n_listed, int T, int G, int n_blocks, int n_places, int every, int span, int n_slots) {
+    // A hash table. What depends on the order of its slots is only where a key is computed, never what.
+    extern __shared__ int slot_row[];
+    u32* slot_blocks = (u32*)(slot_row + n_slots);
+    __shared__ int n;
+    const int superblock = blockIdx.x, g = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32;
     const long pair = (long)b * G + g, at = (pair * gridDim.x + superblock) * span * n_places;
+    for (int i = threadIdx.x; i < n_slots; i += 256) slot_row[i] = -1, slot_blocks[i] = 0;
+    if (threadIdx.x == 0) n = 0;
+    __syncthreads();
     const int first = superblock * span, n_valid = min(min(span, n_blocks - first), (lens[b] + every - 1) / every - first);
     const int* lists = indices + (((long)b * n_blocks + first) * G + g) * n_places;
-    const long stride = (long)G * n_places;
-    int n = 0;
-    for (int begin = 0; begin < n_valid * n_places; begin += 256) {
-        const int i = begin + threadIdx.x, block = i / n_places;
-        const int row = i < n_valid * n_places ? lists[block * stride + i % n_places] : -1;
-        bool is_first = row >= 0;
-        // Whoever comes first in the order of blocks speaks for the key.
-        for (int other = block - 1; is_first && other >= 0; other--) is_first = !holds(lists + other * stride, n_places, row);
-        u32 blocks = 0;
-        if (is_first) {
-            blocks = 1u << block;
-            for (int other = block + 1; other < n_valid; other++) blocks |= (u32)holds(lists + other * stride, n_places, row) << other;
+    for (int block = 0; block < n_valid; block++) {
+        for (int i = threadIdx.x; i < n_places; i += 256) {
+            const int row = lists[(long)block * G * n_places + i];
+            if (row < 0) continue;
+            u32 slot = (u32)row * 2654435761u & (n_slots - 1);
+            for (;;) {
+                const int found = atomicCAS(slot_row + slot, -1, row);
+                if (found == -1 || found == row) break;
+                slot = (slot + 1) & (n_slots - 1);
+            }
+            atomicOr(slot_blocks + slot, 1u << block);
         }
-        const u32 vote = __ballot_sync(0xffffffffu, is_first);
-        if (lane == 0) n_of_warp[warp] = __popc(vote);
-        __syncthreads();
-        int to = n + __popc(vote & ((1u << lane) - 1));
-        for (int w = 0; w < 8; w++) {
-            if (w < warp) to += n_of_warp[w];
-            n += n_of_warp[w];
-        }
-        __syncthreads();
-        if (is_first) {
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_slots; i += 256) {
+        const int row = slot_row[i];
+        const u32 vote = __ballot_sync(0xffffffffu, row >= 0);
+        int to = 0;
+        if (lane == 0 && vote) to = atomicAdd(&n, __popc(vote));
+        to = __shfl_sync(0xffffffffu, to, 0) + __popc(vote & ((1u << lane) - 1));
+        if (row >= 0) {
             union_rows[at + to] = row;
-            union_blocks[at + to] = blocks;
+            union_blocks[at + to] = slot_blocks[i];
             atomicAdd(readers + pair * T + row, 1);
         }
     }
+    __syncthreads();
     if (threadIdx.x == 0) {
         n_union[pair * gridDim.x + superblock] = n;
         if (superblock == 0) n_listed[pair] = 0;
@@ -186,16 +181,16 @@ struct Problem {
     const float *lse, *delta;
     int T, G, every, window;
 
-    __device__ __forceinline__ long row_at(int b, int g, int row) const { return ((long)b * T + row / GROUP) * G * GROUP + g * GROUP + row % GROUP; }
+    // Offset in [B, T, H] of a row.
+    __device__ __forceinline__ u32 row_at(int b, int g, int row) const { return ((u32)b * T + row / GROUP) * (G * GROUP) + g * GROUP + row % GROUP; }
 };
 
-__device__ __forceinline__ void copy4(void* to, const void* from, bool real) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(real ? 4 : 0) : "memory");
+__device__ __forceinline__ void copy4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
 // Visit rows `begin..end` (queries times GROUP) of a sequence and a KV head with the 64 keys in `shared`.
-// `describe_row(rows, i, query)` fills what a row sees, `weigh(s, ...)` turns raw logits into weights in place and
-// returns the derivative of the bias by the score, per key, for the step.
+// `describe_row(rows, i, query)` says what a row sees; `bias` adds to the logits and collects the gradients of scores.
 template <class Describe, class Bias>
 __device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, const Problem& x, int b, int g, int begin, int end, Describe describe_row, Bias bias) {
     const u32 k_tile = shared_address(shared), v_tile = k_tile + TILE;
@@ -203,25 +198,17 @@ __device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, c
     auto fetch = [&](int step) {
         const int first = begin + step * ROWS;
         const u32 q_tile = k_tile + 2 * TILE + step % 2 * (2 * TILE), dout_tile = q_tile + TILE;
-        constexpr int PIECES = D / 8;
-        const int piece = threadIdx.x % PIECES;
-#pragma unroll
-        for (int i = threadIdx.x / PIECES; i < ROWS; i += THREADS / PIECES) {
-            const bool real = first + i < end;
-            const long from = real ? x.row_at(b, g, first + i) * D + piece * 8 : 0;
-            copy16(q_tile + tile_at<ROWS>(i, piece), x.q + from, real);
-            copy16(dout_tile + tile_at<ROWS>(i, piece), x.dout + from, real);
-        }
-        // A row past the end is zero in everything and contributes nothing.
+        copy_rows<ROWS, D, THREADS>(q_tile, x.q, dout_tile, x.dout, [&](int i) { return x.row_at(b, g, min(first + i, end - 1)); });
+        // A row past the end has no weights.
         Rows& info = infos[step % 2];
-        const int i = threadIdx.x % ROWS;
-        const bool real = first + i < end;
-        const long from = real ? x.row_at(b, g, first + i) : 0;
+        const int i = threadIdx.x % ROWS, row = min(first + i, end - 1);
         if (threadIdx.x < ROWS) {
-            copy4(&info.lse[i], x.lse + from, real);
-            copy4(&info.delta[i], x.delta + from, real);
+            const u32 from = x.row_at(b, g, row);
+            copy4(&info.delta[i], x.delta + from);
+            if (first + i < end) copy4(&info.lse[i], x.lse + from);
+            else info.lse[i] = infinity();
         } else {
-            describe_row(info, i, min(first + i, end - 1) / GROUP);
+            describe_row(info, i, row / GROUP);
         }
     };
     const int steps = end > begin ? (end - begin + ROWS - 1) / ROWS : 0;
@@ -376,11 +363,9 @@ extern "C" __global__ __launch_bounds__(THREADS, KEY_CTAS) void dkv_routed(const
         const int n_keys = min(KEYS, n_union[pair * n + superblock] - first);
         const int begin = superblock * span * every, end = min(begin + span * every, lens[b]);
         __syncthreads();
-        const auto source = [&](const bf16* rows) {
-            return [=](int i) { return i < n_keys ? rows + (((long)b * T + union_rows[list + i]) * G + g) * D : nullptr; };
-        };
-        copy_rows<KEYS, D, THREADS>(shared_address(shared), k, source(k));
-        copy_rows<KEYS, D, THREADS>(shared_address(shared) + TILE, v, source(v));
+        // Places without a key hold the last one again; nobody stores what becomes of them.
+        copy_rows<KEYS, D, THREADS>(shared_address(shared), k, shared_address(shared) + TILE, v,
+                                    [&](int i) { return ((u32)b * T + union_rows[list + min(i, n_keys - 1)]) * G + g; });
 
         const int key0 = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, key1 = key0 + 8;
         RoutedBias bias;
@@ -388,7 +373,6 @@ extern "C" __global__ __launch_bounds__(THREADS, KEY_CTAS) void dkv_routed(const
         bias.inverse_temperature = inverse_temperature;
         const int n_here = (end - begin + every - 1) / every;
         bias.all_blocks = n_here >= 32 ? 0xffffffffu : (1u << n_here) - 1;
-        // Places without a key: zeros that every row sees, and that nobody stores.
         bias.blocks0 = key0 < n_keys ? union_blocks[list + key0] : bias.all_blocks;
         bias.blocks1 = key1 < n_keys ? union_blocks[list + key1] : bias.all_blocks;
         bias.score0 = bias.biased && key0 < n_keys ? scores[((long)b * T + union_rows[list + key0]) * G + g] : infinity();
@@ -496,11 +480,10 @@ extern "C" __global__ __launch_bounds__(THREADS, KEY_CTAS) void dkv_local(const 
     extern __shared__ __align__(1024) unsigned char shared[];
     const int g = blockIdx.y, b = blockIdx.z, len = lens[b], first = blockIdx.x * KEYS;
     const Problem x = {dout, q, k, v, lse, delta, T, G, every, window};
-    const auto source = [&](const bf16* rows) {
-        return [=](int i) { return first + i < len ? rows + (((long)b * T + first + i) * G + g) * D : nullptr; };
-    };
-    copy_rows<KEYS, D, THREADS>(shared_address(shared), k, source(k));
-    copy_rows<KEYS, D, THREADS>(shared_address(shared) + TILE, v, source(v));
+    if (first < len) {
+        copy_rows<KEYS, D, THREADS>(shared_address(shared), k, shared_address(shared) + TILE, v,
+                                    [&](int i) { return ((u32)b * T + min(first + i, len - 1)) * G + g; });
+    }
 
     const int row0 = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     const LocalBias bias = {first + row0, first + row0 + 8, first, first + KEYS - 1};
@@ -544,6 +527,7 @@ extern "C" __global__ __launch_bounds__(THREADS, KEY_CTAS) void dkv_local(const 
     accumulators_to_tile<KEYS, D>(shared, threadIdx.x / 32 * 16, grads.dk, 1.0f, 1.0f);
     accumulators_to_tile<KEYS, D>(shared + TILE, threadIdx.x / 32 * 16, grads.dv, 1.0f, 1.0f);
     __syncthreads();
-    store_rows<KEYS, D, THREADS>(shared, [&](int i) { return first + i < T ? dk + (((long)b * T + first + i) * G + g) * D : nullptr; });
-    store_rows<KEYS, D, THREADS>(shared + TILE, [&](int i) { return first + i < T ? dv + (((long)b * T + first + i) * G + g) * D : nullptr; });
+    const auto target = [&](int i) { return ((u32)b * T + first + i) * G + g; };
+    store_rows<KEYS, D, THREADS>(shared, dk, T - first, target);
+    store_rows<KEYS, D, THREADS>(shared + TILE, dv, T - first, target);
 }

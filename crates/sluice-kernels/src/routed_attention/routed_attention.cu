@@ -39,7 +39,7 @@ struct Place {
 
     __device__ int query(int row) const { return begin + (first_row + row) / GROUP; }
     // Offset in [B, T, H] of a row.
-    __device__ long at(int row, int T, int G) const { return ((long)b * T + query(row)) * G * GROUP + g * GROUP + (first_row + row) % GROUP; }
+    __device__ u32 at(int row, int T, int G) const { return ((u32)b * T + query(row)) * (G * GROUP) + g * GROUP + (first_row + row) % GROUP; }
 };
 
 __device__ __forceinline__ Place place(const int* lens, int T, int n_blocks, int every) {
@@ -81,17 +81,11 @@ __device__ __forceinline__ Keys list_keys(const Place& p, int* rows, float* bias
     return keys;
 }
 
-// Copy the rows of a step's keys, zeros behind the list's end.
-__device__ __forceinline__ void copy_keys(u32 tile, const bf16* x, const Keys& keys, const Place& p, int step, int T, int G) {
-    copy_rows<KEYS, D, THREADS>(tile, x, [&](int i) {
-        const int slot = step * KEYS + i;
-        const int row = slot < keys.n_routed ? keys.rows[slot] : keys.first_local + slot - keys.n_routed;
-        return slot < keys.n ? x + (((long)p.b * T + row) * G + p.g) * D : nullptr;
-    });
-}
-
-__device__ __forceinline__ void copy_queries(u32 tile, const bf16* x, const Place& p, int T, int G) {
-    copy_rows<ROWS, D, THREADS>(tile, x, [&](int row) { return row < p.n_rows ? x + p.at(row, T, G) * D : nullptr; });
+// The row of key `i` of the list, counted over all sequences and KV heads; behind the list's end, the last one again.
+__device__ __forceinline__ u32 key_row(const Keys& keys, const Place& p, int i, int T, int G) {
+    const int slot = min(i, keys.n - 1);
+    const int row = slot < keys.n_routed ? keys.rows[slot] : slot - keys.n_routed + keys.first_local;
+    return ((u32)p.b * T + row) * G + p.g;
 }
 
 // Add the biases of a step's routed keys to raw logits, and hide the keys that a row does not see.
@@ -135,7 +129,7 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
     const Place p = place(lens, T, n_blocks, every);
     if (p.n_padded <= 0) return;
     if (p.n_rows <= 0) {
-        for (int i = threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) *(uint4*)(o + p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
+        for (int i = threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) *(uint4*)(o + (u64)p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
         for (int i = threadIdx.x; i < p.n_padded; i += THREADS) lse[p.at(i, T, G)] = -infinity();
         return;
     }
@@ -143,15 +137,18 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
     int* rows = (int*)(shared + Layout::row_tile + 4 * Layout::key_tile);
     float* bias = scores ? (float*)(rows + n_places) : nullptr;
 
-    copy_queries(q_tile, q, p, T, G);
+    copy_rows<ROWS, D, THREADS>(q_tile, q, [&](int i) { return p.at(min(i, p.n_rows - 1), T, G); });
     const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
-    const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = threadIdx.x / 128 * 64;
+    const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = warpgroup() * 64;
+    const auto copy_keys = [&](u32 tile, const bf16* x, int step) {
+        copy_rows<KEYS, D, THREADS>(tile, x, [&](int i) { return key_row(keys, p, step * KEYS + i, T, G); });
+    };
     const auto k_tile = [&](int step) { return kv + step % 2 * Layout::key_tile; };
     const auto v_tile = [&](int step) { return kv + (2 + step % 2) * Layout::key_tile; };
-    copy_keys(k_tile(0), k, keys, p, 0, T, G);
+    copy_keys(k_tile(0), k, 0);
     copies_commit();
-    copy_keys(k_tile(1), k, keys, p, 1, T, G);
-    copy_keys(v_tile(0), v, keys, p, 0, T, G);
+    copy_keys(k_tile(1), k, 1);
+    copy_keys(v_tile(0), v, 0);
     copies_commit();
 
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
@@ -185,42 +182,69 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
             sum1 += s[j][2] + s[j][3];
         }
     };
+    u32 weights[KEYS / 16][4];
+    const auto logits = [&](int step) {
+        products_begin();
+        product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
+        products_commit();
+    };
+    const auto add_values = [&](int step) {
+        product_with_tile<KEYS, D>(out, weights, v_tile(step));
+        products_commit();
+    };
+    // Weights of the step, and what is there already as if it had been computed with their maximum.
+    const auto weigh = [&] {
+        to_fragments<KEYS>(weights, s);
+        // Maxima settle after a few steps.
+        if (__any_sync(0xffffffffu, shrink0 != 1.0f || shrink1 != 1.0f)) {
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+                out[j][0] *= shrink0, out[j][1] *= shrink0;
+                out[j][2] *= shrink1, out[j][3] *= shrink1;
+            }
+        }
+    };
+#if AHEAD
     copies_wait<1>();
     __syncthreads();
-    products_begin();
-    product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(0));
-    products_commit();
+    logits(0);
     products_wait<0>();
     softmax(0);
-    u32 weights[KEYS / 16][4];
     to_fragments<KEYS>(weights, s);
     for (int step = 1; step < steps; step++) {
         copies_wait<0>();
         __syncthreads();
-        if (step + 1 < steps) copy_keys(k_tile(step + 1), k, keys, p, step + 1, T, G);
-        copy_keys(v_tile(step), v, keys, p, step, T, G);
+        copy_keys(k_tile(step + 1), k, step + 1);
+        copy_keys(v_tile(step), v, step);
         copies_commit();
-        products_begin();
-        product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
-        products_commit();
-        product_with_tile<KEYS, D>(out, weights, v_tile(step - 1));
-        products_commit();
+        logits(step);
+        add_values(step - 1);
         products_wait<1>();
         softmax(step);
         products_wait<0>();
-        to_fragments<KEYS>(weights, s);
-#pragma unroll
-        for (int j = 0; j < D / 8; j++) {
-            out[j][0] *= shrink0, out[j][1] *= shrink0;
-            out[j][2] *= shrink1, out[j][3] *= shrink1;
-        }
+        weigh();
     }
     copies_wait<0>();
     __syncthreads();
     products_begin();
-    product_with_tile<KEYS, D>(out, weights, v_tile(steps - 1));
-    products_commit();
+    add_values(steps - 1);
     products_wait<0>();
+#else
+    for (int step = 0; step < steps; step++) {
+        copies_wait<0>();
+        __syncthreads();
+        if (step > 0) copy_keys(k_tile(step + 1), k, step + 1);
+        copy_keys(v_tile(step + 1), v, step + 1);
+        copies_commit();
+        logits(step);
+        products_wait<0>();
+        softmax(step);
+        weigh();
+        products_begin();
+        add_values(step);
+        products_wait<0>();
+    }
+#endif
     sum0 = quad_sum(sum0), sum1 = quad_sum(sum1);
     __syncthreads();
     accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, 1.0f / sum0, 1.0f / sum1);
@@ -229,9 +253,9 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
         if (row + 8 < p.n_rows) lse[p.at(row + 8, T, G)] = (max1 * scale + log2f(sum1)) / LOG2E;
     }
     __syncthreads();
-    store_rows<ROWS, D, THREADS>(shared, [&](int r) { return r < p.n_rows ? o + p.at(r, T, G) * D : nullptr; });
+    store_rows<ROWS, D, THREADS>(shared, o, p.n_rows, [&](int i) { return p.at(i, T, G); });
     for (int i = p.n_rows * (D / 8) + threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) {
-        *(uint4*)(o + p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
+        *(uint4*)(o + (u64)p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
     }
     for (int i = p.n_rows + threadIdx.x; i < p.n_padded; i += THREADS) lse[p.at(i, T, G)] = -infinity();
 }
@@ -244,7 +268,7 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
     const Place p = place(lens, T, n_blocks, every);
     if (p.n_padded <= 0) return;
     if (p.n_rows <= 0) {
-        for (int i = threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) *(uint4*)(dq + p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
+        for (int i = threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) *(uint4*)(dq + (u64)p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
         for (int i = threadIdx.x; i < p.n_padded; i += THREADS) delta[p.at(i, T, G)] = 0.0f;
         return;
     }
@@ -253,43 +277,36 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
     int* rows = (int*)(deltas + ROWS);
     float* bias = scores ? (float*)(rows + n_places) : nullptr;
 
-    copy_queries(q_tile, q, p, T, G);
-    copy_queries(dout_tile, dout, p, T, G);
+    copy_rows<ROWS, D, THREADS>(q_tile, q, dout_tile, dout, [&](int i) { return p.at(min(i, p.n_rows - 1), T, G); });
     const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
-    const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = threadIdx.x / 128 * 64;
+    const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = warpgroup() * 64;
     const auto k_tile = [&](int step) { return kv + step % 3 * Layout::key_tile; };
     const auto v_tile = [&](int step) { return kv + (3 + step % 2) * Layout::key_tile; };
     const auto fetch = [&](int step) {
-        if (step < steps) {
-            copy_keys(k_tile(step), k, keys, p, step, T, G);
-            copy_keys(v_tile(step), v, keys, p, step, T, G);
-        }
+        copy_rows<KEYS, D, THREADS>(k_tile(step), k, v_tile(step), v, [&](int i) { return key_row(keys, p, step * KEYS + i, T, G); });
         copies_commit();
     };
     fetch(0);
     fetch(1);
     copies_wait<1>();
     __syncthreads();
-    {
-        constexpr int PIECES = D / 8;
-        const int piece = threadIdx.x % PIECES;
-        for (int i = threadIdx.x / PIECES; i < ROWS; i += THREADS / PIECES) {
-            float sum = 0.0f;
-            if (i < p.n_rows) {
-                const uint4 x = *(const uint4*)(o + p.at(i, T, G) * D + piece * 8);
-                const uint4 y = *(const uint4*)(shared + Layout::row_tile + tile_at<ROWS>(i, piece));
-                const u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+    uint4 outs[(ROWS * (D / 8) + THREADS - 1) / THREADS];
+    int n = 0;
+    for_pieces<ROWS, D, THREADS>([&](int i, u32) { outs[n++] = *(const uint4*)(o + (u64)p.at(min(i, p.n_rows - 1), T, G) * D + threadIdx.x % (D / 8) * 8); });
+    n = 0;
+    for_pieces<ROWS, D, THREADS>([&](int i, u32 at) {
+        const uint4 x = outs[n++], y = *(const uint4*)(shared + Layout::row_tile + at);
+        const u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+        float sum = 0.0f;
 #pragma unroll
-                for (int e = 0; e < 4; e++) sum += low_float(xs[e]) * low_float(ys[e]) + high_float(xs[e]) * high_float(ys[e]);
-            }
+        for (int e = 0; e < 4; e++) sum += low_float(xs[e]) * low_float(ys[e]) + high_float(xs[e]) * high_float(ys[e]);
 #pragma unroll
-            for (int other = 1; other < PIECES; other *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-            if (piece == 0) {
-                deltas[i] = sum;
-                if (i < p.n_padded) delta[p.at(i, T, G)] = sum;
-            }
+        for (int other = 1; other < D / 8; other *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+        if (threadIdx.x % (D / 8) == 0) {
+            deltas[i] = sum;
+            if (i < p.n_padded) delta[p.at(i, T, G)] = i < p.n_rows ? sum : 0.0f;
         }
-    }
+    });
     __syncthreads();
 
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
@@ -342,8 +359,8 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
     __syncthreads();
     accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, rsqrtf((float)D), rsqrtf((float)D));
     __syncthreads();
-    store_rows<ROWS, D, THREADS>(shared, [&](int r) { return r < p.n_rows ? dq + p.at(r, T, G) * D : nullptr; });
+    store_rows<ROWS, D, THREADS>(shared, dq, p.n_rows, [&](int i) { return p.at(i, T, G); });
     for (int i = p.n_rows * (D / 8) + threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) {
-        *(uint4*)(dq + p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
+        *(uint4*)(dq + (u64)p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
     }
 }

@@ -34,93 +34,112 @@ __device__ __forceinline__ float score_of(u64 candidate) {
     return __uint_as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
 }
 
-// Sort n numbers, a power of two, in shared memory, descending.
-__device__ __forceinline__ void sort_descending(u64* x, int n) {
-    for (int size = 2; size <= n; size *= 2) {
-        for (int stride = size / 2; stride > 0; stride /= 2) {
+// A list of N numbers in the registers of a block of 512 threads: thread `i` holds the places `i * E .. (i + 1) * E`, and
+// nothing when that is past the end. Sorting networks on it exchange within a thread, within a warp, or, a barrier
+// each, through shared memory.
+template <int N>
+struct List {
+    static constexpr int E = N > THREADS ? N / THREADS : 1;
+    static constexpr bool ALL = N >= THREADS;
+    u64 x[E];
+
+    __device__ __forceinline__ static bool here() { return ALL || threadIdx.x < N; }
+    __device__ __forceinline__ static int place(int e) { return threadIdx.x * E + e; }
+
+    // One exchange of the network: the larger of two places `stride` apart goes to the front where `size` does not divide
+    // the place, to the back elsewhere.
+    __device__ __forceinline__ void exchange(int size, int stride, u64* buffer) {
+        if (stride >= 32 * E) {
             __syncthreads();
-            for (int i = threadIdx.x; i < n / 2; i += THREADS) {
-                const int a = i + (i & -stride), b = a + stride;
-                const u64 p = x[a], q = x[b];
-                if ((p < q) == ((a & size) == 0)) x[a] = q, x[b] = p;
+            if (here()) {
+#pragma unroll
+                for (int e = 0; e < E; e++) buffer[e * THREADS + threadIdx.x] = x[e];
+            }
+            __syncthreads();
+        }
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+            if (stride >= E) {
+                u64 other = x[e];
+                if (stride >= 32 * E) {
+                    if (here()) other = buffer[e * THREADS + (threadIdx.x ^ (stride / E))];
+                } else {
+                    other = __shfl_xor_sync(0xffffffffu, x[e], stride / E);
+                }
+                const bool wants_larger = ((place(e) & stride) == 0) == ((place(e) & size) == 0);
+                if (wants_larger ? other > x[e] : other < x[e]) x[e] = other;
+            } else if ((e & stride) == 0) {
+                const u64 p = x[e], q = x[e | stride];
+                if ((p < q) == ((place(e) & size) == 0)) x[e] = q, x[e | stride] = p;
             }
         }
     }
-    __syncthreads();
-}
+
+    __device__ __forceinline__ void sort_descending(u64* buffer) {
+#pragma unroll
+        for (int size = 2; size <= N; size *= 2) {
+#pragma unroll
+            for (int stride = size / 2; stride > 0; stride /= 2) exchange(size, stride, buffer);
+        }
+    }
+
+    // Put in order what rises and falls only once.
+    __device__ __forceinline__ void merge_descending(u64* buffer) {
+#pragma unroll
+        for (int stride = N / 2; stride > 0; stride /= 2) exchange(N, stride, buffer);
+    }
+
+    __device__ __forceinline__ void store(u64* to) const {
+        if (here()) {
+#pragma unroll
+            for (int e = 0; e < E; e++) to[place(e)] = x[e];
+        }
+    }
+};
 
 // Grid [n_chunks, G, B], 512 threads, CHUNK * 8 bytes of dynamic shared memory.
 extern "C" __global__ __launch_bounds__(THREADS) void sort_chunks(const float* scores, const int* lens, u64* best, int T, int G, int n_sink) {
-    extern __shared__ u64 sorted[];
+    extern __shared__ u64 buffer[];
     const int chunk = blockIdx.x, g = blockIdx.y, b = blockIdx.z, len = lens[b];
-    for (int i = threadIdx.x; i < CHUNK; i += THREADS) {
-        const int position = chunk * CHUNK + i;
-        sorted[i] = position < len ? candidate(scores[((long)b * T + position) * G + g], position, n_sink) : 0;
+    List<CHUNK> list;
+#pragma unroll
+    for (int e = 0; e < list.E; e++) {
+        const int position = chunk * CHUNK + e * THREADS + threadIdx.x;
+        list.x[e] = position < len ? candidate(scores[((long)b * T + position) * G + g], position, n_sink) : 0;
     }
-    sort_descending(sorted, CHUNK);
+    list.sort_descending(buffer);
     best += (((long)b * G + g) * gridDim.x + chunk) * KEPT;
-    for (int i = threadIdx.x; i < KEPT; i += THREADS) best[i] = sorted[i];
+#pragma unroll
+    for (int e = 0; e < list.E; e++) {
+        if (list.place(e) < KEPT) best[list.place(e)] = list.x[e];
+    }
 }
 
-constexpr int SCANNERS = KEPT < 1024 ? KEPT : 1024, EACH = KEPT / SCANNERS;
-
-// `group_best` may be null. Grid [n_groups, B * G], SCANNERS threads. Thread `i` holds the places `e * SCANNERS + i` of
-// the sorted list.
-extern "C" __global__ __launch_bounds__(SCANNERS) void scan_chunks(u64* best, u64* group_best, int n_chunks, int group) {
-    __shared__ u64 exchange[2][SCANNERS];
+// The better of two descending lists, each as a whole. `group_best` may be null. Grid [n_groups, B * G], 512 threads.
+extern "C" __global__ __launch_bounds__(THREADS) void scan_chunks(u64* best, u64* group_best, int n_chunks, int group) {
+    __shared__ u64 buffer[KEPT];
     best += ((long)blockIdx.y * n_chunks + (long)blockIdx.x * group) * KEPT;
     n_chunks = min(group, n_chunks - (int)blockIdx.x * group);
-    const int i = threadIdx.x;
-    u64 kept[EACH], next[EACH];
+    List<KEPT> kept, next;
+    const auto fetch = [&](int chunk) {
 #pragma unroll
-    for (int e = 0; e < EACH; e++) kept[e] = 0, next[e] = best[KEPT - 1 - (e * SCANNERS + i)];
-    for (int chunk = 0; chunk < n_chunks; chunk++, best += KEPT) {
-        u64 x[EACH];
+        for (int e = 0; e < kept.E; e++) next.x[e] = chunk < n_chunks && kept.here() ? best[(long)chunk * KEPT + KEPT - 1 - kept.place(e)] : 0;
+    };
 #pragma unroll
-        for (int e = 0; e < EACH; e++) x[e] = next[e] > kept[e] ? next[e] : kept[e];
-        if (chunk + 1 < n_chunks) {
+    for (int e = 0; e < kept.E; e++) kept.x[e] = 0;
+    fetch(0);
+    for (int chunk = 0; chunk < n_chunks; chunk++) {
+        const List<KEPT> before = kept;
+        // The maxima of a descending and an ascending list are the best of both, and rise and fall only once.
 #pragma unroll
-            for (int e = 0; e < EACH; e++) next[e] = best[2 * KEPT - 1 - (e * SCANNERS + i)];
-        }
-        // Everyone has read this chunk's list (a barrier ago, or at the start) before anyone overwrites it.
+        for (int e = 0; e < kept.E; e++) kept.x[e] = kept.x[e] > next.x[e] ? kept.x[e] : next.x[e];
+        fetch(chunk + 1);
+        // Everyone has read this chunk's list before anyone overwrites it.
         __syncthreads();
-#pragma unroll
-        for (int e = 0; e < EACH; e++) best[e * SCANNERS + i] = kept[e];
-        // The maxima of a descending and an ascending list are the best of both and rise and fall only once: merge.
-#pragma unroll
-        for (int stride = EACH / 2; stride > 0; stride /= 2) {
-#pragma unroll
-            for (int e = 0; e < EACH; e++) {
-                if ((e & stride) == 0 && x[e] < x[e + stride]) {
-                    const u64 y = x[e];
-                    x[e] = x[e + stride], x[e + stride] = y;
-                }
-            }
-        }
-#pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            int turn = 0;
-#pragma unroll
-            for (int stride = SCANNERS / 2; stride > 0; stride /= 2) {
-                u64 other;
-                if (stride >= 32) {
-                    exchange[turn][i] = x[e];
-                    __syncthreads();
-                    other = exchange[turn][i ^ stride];
-                    turn ^= 1;
-                } else {
-                    other = __shfl_xor_sync(0xffffffffu, x[e], stride);
-                }
-                if ((i & stride) == 0 ? other > x[e] : other < x[e]) x[e] = other;
-            }
-            __syncthreads();
-            kept[e] = x[e];
-        }
+        before.store(best + (long)chunk * KEPT);
+        kept.merge_descending(buffer);
     }
-    if (group_best) {
-#pragma unroll
-        for (int e = 0; e < EACH; e++) group_best[((long)blockIdx.y * gridDim.x + blockIdx.x) * KEPT + e * SCANNERS + i] = kept[e];
-    }
+    if (group_best) kept.store(group_best + ((long)blockIdx.y * gridDim.x + blockIdx.x) * KEPT);
 }
 
 // Candidates that some block of a chunk may keep.
@@ -155,28 +174,25 @@ extern "C" __global__ __launch_bounds__(THREADS) void route_blocks(const float* 
     const long pair = (long)b * G + g;
     best += (pair * gridDim.x + chunk) * KEPT;
     group_best += (pair * ((gridDim.x + group - 1) / group) + chunk / group) * KEPT;
-    for (int i = threadIdx.x; i < KEPT; i += THREADS) {
-        const u64 x = best[i], y = group_best[KEPT - 1 - i];
-        m.kept[i] = x > y ? x : y;
+    List<KEPT> kept;
+#pragma unroll
+    for (int e = 0; e < kept.E; e++) {
+        const int i = kept.place(e);
+        const u64 x = kept.here() ? best[i] : 0, y = kept.here() ? group_best[KEPT - 1 - i] : 0;
+        kept.x[e] = x > y ? x : y;
     }
-    for (int stride = KEPT / 2; stride > 0; stride /= 2) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < KEPT / 2; i += THREADS) {
-            const int a = i + (i & -stride);
-            const u64 x = m.kept[a], y = m.kept[a + stride];
-            if (x < y) m.kept[a] = y, m.kept[a + stride] = x;
-        }
-    }
-    __syncthreads();
-    const u64 threshold = m.kept[top_k - 1];
+    kept.merge_descending(m.sorted);
+    kept.store(m.kept);
     int n_kept = 0, n_admitted = 0;
-    for (int begin = 0; begin < KEPT; begin += THREADS) {
-        const int i = begin + threadIdx.x;
-        const bool is_kept = i < top_k && m.kept[i] != 0;
+#pragma unroll
+    for (int e = 0; e < kept.E; e++) {
+        const bool is_kept = kept.here() && kept.place(e) < top_k && kept.x[e] != 0;
         n_kept += __syncthreads_count(is_kept);
-        if (i < KEPT) m.by_position[i] = is_kept ? (u64)(0xffffffffu - (u32)m.kept[i]) << 32 | i : 0;
+        kept.x[e] = is_kept ? (u64)(0xffffffffu - (u32)kept.x[e]) << 32 | kept.place(e) : 0;
     }
-    sort_descending(m.by_position, KEPT);
+    const u64 threshold = m.kept[top_k - 1];
+    kept.sort_descending(m.sorted);
+    kept.store(m.by_position);
 
     for (int begin = 0; begin < CHUNK; begin += THREADS) {
         const int position = chunk * CHUNK + begin + threadIdx.x;
@@ -189,13 +205,15 @@ extern "C" __global__ __launch_bounds__(THREADS) void route_blocks(const float* 
             if (w < warp) to += m.n_of_warp[w];
             n_admitted += m.n_of_warp[w];
         }
-        if (x > threshold) m.admitted[to] = m.admitted_sorted[to] = x;
+        if (x > threshold) m.admitted[to] = x;
         __syncthreads();
     }
-    int padded = 1;
-    while (padded < n_admitted) padded *= 2;
-    for (int i = n_admitted + threadIdx.x; i < padded; i += THREADS) m.admitted_sorted[i] = 0;
-    sort_descending(m.admitted_sorted, padded);
+    List<CHUNK> admitted;
+#pragma unroll
+    for (int e = 0; e < admitted.E; e++) admitted.x[e] = admitted.place(e) < n_admitted ? m.admitted[admitted.place(e)] : 0;
+    admitted.sort_descending(m.sorted);
+    admitted.store(m.admitted_sorted);
+    __syncthreads();
     for (int i = threadIdx.x; i < n_kept; i += THREADS) m.sorted[i + larger(m.admitted_sorted, n_admitted, m.kept[i])] = m.kept[i];
     for (int i = threadIdx.x; i < n_admitted; i += THREADS) m.sorted[i + larger(m.kept, n_kept, m.admitted_sorted[i])] = m.admitted_sorted[i];
     __syncthreads();
@@ -208,16 +226,24 @@ extern "C" __global__ __launch_bounds__(THREADS) void route_blocks(const float* 
         const int l = block < n_valid ? max(0, block * every + 1 - window) : 0;
         // The k-th best of the candidates before `l`.
         u64 worst = 0;
-        for (int begin = 0, before = 0; begin < n; begin += 32) {
-            const u64 x = begin + lane < n ? m.sorted[begin + lane] : ~0ull;
-            const bool is_candidate = position_of(x) < l && begin + lane < n;
-            const u32 vote = __ballot_sync(0xffffffffu, is_candidate);
-            const u32 is_last = __ballot_sync(0xffffffffu, is_candidate && before + __popc(vote & ((2u << lane) - 1)) == top_k);
-            if (is_last) {
-                worst = __shfl_sync(0xffffffffu, x, __ffs(is_last) - 1);
-                break;
+        for (int begin = 0, before = 0; begin < n && !worst; begin += 128) {
+            u64 x[4];
+            u32 vote[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int i = begin + e * 32 + lane;
+                x[e] = i < n ? m.sorted[i] : ~0ull;
+                vote[e] = __ballot_sync(0xffffffffu, i < n && position_of(x[e]) < l);
             }
-            before += __popc(vote);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int more = top_k - before;
+                before += __popc(vote[e]);
+                if (more > 0 && before >= top_k) {
+                    const u32 is_last = __ballot_sync(0xffffffffu, vote[e] >> lane & 1 && __popc(vote[e] & ((2u << lane) - 1)) == more);
+                    worst = __shfl_sync(0xffffffffu, x[e], __ffs(is_last) - 1);
+                }
+            }
         }
         const long at = ((long)b * n_blocks + block) * G + g;
         int* to = indices + at * n_places;
