@@ -309,18 +309,10 @@ def time_shape(shape, t, rates, tuning=None, peer=True, parts=True, w=128, k=256
     return row
 
 
-# Warpgroups of a block of threads, blocks that must fit a multiprocessor, keys a step, products ahead.
+# Warpgroups of a block of threads, blocks that must fit a multiprocessor, keys a step.
 VARIANTS = {
-    SMALL: {
-        "fwd": [(3, 1, 64, 1), (3, 1, 64, 0), (1, 5, 64, 0), (1, 4, 64, 1)],
-        "dq": [(3, 1, 64, 1), (1, 3, 64, 1)],
-        "key_ctas": [2, 3],
-    },
-    LARGE: {
-        "fwd": [(2, 2, 64, 0), (2, 2, 32, 1), (2, 1, 64, 1)],
-        "dq": [(2, 1, 64, 1), (2, 2, 32, 1), (1, 2, 64, 1)],
-        "key_ctas": [2],
-    },
+    SMALL: {"fwd": [(1, 5, 64), (1, 4, 64), (3, 1, 64)], "dq": [(1, 3, 64), (3, 1, 64)]},
+    LARGE: {"fwd": [(2, 2, 64), (4, 1, 64), (1, 2, 64)], "dq": [(2, 1, 64), (2, 2, 32)]},
 }
 
 
@@ -351,10 +343,6 @@ def tune(tokens):
             for variant in variants["dq"]:
                 x.tuning["dq"] = variant
                 one("dq", lambda: x.bwd_dq(dout, q, k, v, scores), variant)
-            for variant in variants["key_ctas"]:
-                x.tuning["key_ctas"] = variant
-                one("routed", lambda: x.bwd_routed(dout, q, k, v, scores), variant)
-                one("local", lambda: x.bwd_local(dout, q, k, v), variant)
     return rows
 
 

@@ -120,9 +120,8 @@ class Routed:
         self.n_candidates = max(0, (self.n_blocks - 1) * every + 1 - window)
         self.n_places = min(top_k, self.n_candidates)
         self.group = heads // kv_heads
-        # Of the forward pass and of dq: warpgroups, blocks of threads that must fit a multiprocessor, keys a step, products ahead.
-        wg = self.warpgroups()
-        self.tuning = {"fwd": (wg, 1, 64, 1) if d == 64 else (wg, 2, 64, 0), "dq": (wg, 1, 64, 1), "key_ctas": 2, "span": None} | (tuning or {})
+        # Of the forward pass and of dq: warpgroups, blocks of threads that must fit a multiprocessor, keys a step.
+        self.tuning = {"fwd": (1, 5, 64) if d == 64 else (2, 2, 64), "dq": (1, 3, 64) if d == 64 else (2, 1, 64), "span": None} | (tuning or {})
         b, g = self.b, self.g
         f32 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.float32, device=dev)
         i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
@@ -132,7 +131,8 @@ class Routed:
             self.kept *= 2
         self.chunk = max(1024, self.kept)
         self.n_chunks = max(1, ceil(self.n_candidates, self.chunk))
-        self.chunk_group = max(1, math.isqrt(self.n_chunks))
+        # Up to 16 chunks, merging those before a chunk takes no longer than two more launches.
+        self.chunk_group = max(16, math.isqrt(self.n_chunks))
         self.n_groups = ceil(self.n_chunks, self.chunk_group)
         self.best = torch.empty((b, g, self.n_chunks, self.kept), dtype=torch.int64, device=dev)
         self.group_best = torch.empty((b, g, self.n_groups, self.kept), dtype=torch.int64, device=dev)
@@ -150,7 +150,7 @@ class Routed:
         if span is None:
             # Long superblocks leave fewer partial sums, short ones more to do side by side; the table of keys must fit.
             span = 32
-            while span > 1 and (span * self.n_places > 8192 or ceil(self.n_blocks, span) * pairs < (48 if span * self.every <= 512 else 200)):
+            while span > 1 and (span * self.n_places > 4096 and span > 8 or span * self.n_places > 8192 or ceil(self.n_blocks, span) * pairs < (48 if span * self.every <= 512 else 200)):
                 span //= 2
         self.span, self.n_super = span, ceil(self.n_blocks, span)
         self.capacity = max(1, min(self.n_blocks * self.n_places, t + self.n_super * self.n_places))
@@ -173,28 +173,28 @@ class Routed:
         grid, f = (self.n_chunks, self.g, self.b), lambda name: function("routing", name, KEPT=self.kept)
         pairs = self.b * self.g
         launch(f("sort_chunks"), grid, 512, self.chunk * 8, scores, self.lens, self.best, self.t, self.g, self.n_sink)
-        launch(f("scan_chunks"), (self.n_groups, pairs), 512, 0, self.best, self.group_best, self.n_chunks, self.chunk_group)
-        launch(f("scan_chunks"), (1, pairs), 512, 0, self.group_best, None, self.n_groups, self.n_groups)
+        group_best = None
+        if self.n_groups > 1:
+            group_best = self.group_best
+            launch(f("merge_chunks"), (self.n_groups, pairs), 512, 0, self.best, group_best, self.n_chunks, self.chunk_group)
+            launch(f("scan_groups"), (pairs,), 512, 0, group_best, self.n_groups)
         members = self.kept * 24 + self.chunk * 24 + 64
-        launch(f("route_blocks"), grid, 512, members, scores, self.lens, self.best, self.group_best, self.indices, self.tau, self.t, self.g, self.n_blocks,
+        launch(f("route_blocks"), grid, 512, members, scores, self.lens, self.best, group_best, self.indices, self.tau, self.t, self.g, self.n_blocks,
                self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk_group)
 
-    def warpgroups(self):
-        rows = self.every * self.group
-        most = 3 if self.d == 64 else 2
-        return most if rows % (64 * most) == 0 else min(2, ceil(rows, 64))
-
     def attention(self, pass_):
-        wg, ctas, step, ahead = self.tuning[pass_]
+        wg, ctas, step = self.tuning[pass_]
+        if self.every * self.group <= 64:
+            wg = 1
         name = "routed_attention_" + pass_
-        kernel = function("attention", name, HEAD_DIM=self.d, GROUP=self.group, WARPGROUPS=wg, FWD_CTAS=ctas, DQ_CTAS=ctas, KEY_STEP=step, AHEAD=ahead)
+        kernel = function("attention", name, HEAD_DIM=self.d, GROUP=self.group, WARPGROUPS=wg, FWD_CTAS=ctas, DQ_CTAS=ctas, KEY_STEP=step)
         grid = (self.n_blocks * ceil(self.every * self.group, wg * 64), self.g, self.b)
         row_tile, key_tile = wg * 64 * self.d * 2, step * self.d * 2
         shared = row_tile + 4 * key_tile if pass_ == "fwd" else 2 * row_tile + 5 * key_tile + wg * 256
         return kernel, grid, wg * 128, shared + 8 * self.n_places
 
     def keys(self, name):
-        return function("keys", name, HEAD_DIM=self.d, GROUP=self.group, KEY_CTAS=self.tuning["key_ctas"])
+        return function("keys", name, HEAD_DIM=self.d, GROUP=self.group)
 
     def fwd(self, q, k, v, scores):
         launch(*self.attention("fwd"), q, k, v, scores if self.biased else None, self.indices, self.tau, self.lens, self.o, self.lse, self.t, self.g,
@@ -230,7 +230,7 @@ class Routed:
         launch(self.keys("dkv_routed"), (tiles, pairs), 128, self.key_shared(), dout, q, k, v, self.lse, self.delta, scores, self.tau, self.lens, self.union_rows,
                self.union_blocks, self.n_union, self.first_entry, self.first_tile, self.sums, self.score_sums, self.t, self.g, self.n_blocks, self.n_places,
                self.every, self.inverse_temperature, self.span, self.n_super, self.capacity)
-        launch(self.keys("sum_entries"), (ceil(self.t, 8), self.g, self.b), 256, 0, self.readers, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
+        launch(self.keys("sum_entries"), (ceil(self.t, 64), self.g, self.b), 256, 0, self.readers, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
                self.dscores, self.t, self.g, self.capacity)
 
     def bwd_local(self, dout, q, k, v):

@@ -1,5 +1,6 @@
 // Routed attention: the gradients of keys, values and scores, without atomics on floating-point numbers, so that they
-// come out the same every time. Follows attention_tile/tile.cuh. Compiled with HEAD_DIM (64 or 128) and GROUP.
+// come out the same every time. Follows attention_tile/tile.cuh. Compiled with HEAD_DIM (64 or 128) and
+// GROUP.
 //
 // 64 keys stay in place and all queries that see them pass by, so that their gradients stay in registers. A key has
 // two kinds of viewers. Those in its window are consecutive: `dkv_local` visits them all and writes the result. Those
@@ -17,6 +18,8 @@
 
 constexpr int D = HEAD_DIM, KEYS = 64, ROWS = 64, THREADS = 128;
 constexpr int TILE = 64 * D * 2;
+// Blocks of threads that must fit a multiprocessor: what the registers allow.
+constexpr int ROUTED_CTAS = 2, LOCAL_CTAS = D == 64 ? 3 : 2;
 constexpr float LOG2E = 1.4426950408889634f;
 
 // The routed keys of a superblock, each once and in any order, with a bit for every block that reads it. Grid [n, G, B],
@@ -67,41 +70,25 @@ extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* ind
     }
 }
 
-// Running sums of `value(0..n)` to `out[0..n]`, for 1024 threads.
-template <class Value>
-__device__ __forceinline__ int running_sums(int* out, int n, Value value) {
-    __shared__ int of_warp[32];
+// Sum of what the threads before this one hold, and of all, for 1024 threads.
+__device__ __forceinline__ int sum_before(int mine, int* of_warp, int& total) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int before = 0;
-    for (int begin = 0; begin < n; begin += 4096) {
-        const int i = begin + threadIdx.x * 4;
-        int x[4], mine = 0;
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            x[e] = mine;
-            mine += i + e < n ? value(i + e) : 0;
-        }
-        int sum = mine;
+    const auto scan = [&](int x) {
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, sum, d);
-            if (lane >= d) sum += other;
+            const int other = __shfl_up_sync(0xffffffffu, x, d);
+            if (lane >= d) x += other;
         }
-        if (lane == 31) of_warp[warp] = sum;
-        __syncthreads();
-        int offset = before + sum - mine;
-        for (int w = 0; w < 32; w++) {
-            if (w < warp) offset += of_warp[w];
-            before += of_warp[w];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            if (i + e < n) out[i + e] = offset + x[e];
-        }
-    }
-    if (threadIdx.x == 0) out[n] = before;
-    return before;
+        return x;
+    };
+    const int sum = scan(mine);
+    __syncthreads();
+    if (lane == 31) of_warp[warp] = sum;
+    __syncthreads();
+    const int warps = scan(of_warp[lane]);
+    total = __shfl_sync(0xffffffffu, warps, 31);
+    const int before = __shfl_sync(0xffffffffu, warps, warp == 0 ? 0 : warp - 1);
+    return sum - mine + (warp == 0 ? 0 : before);
 }
 
 // Where the entries of a superblock, its tiles of 64 keys, and the readers of a key begin. The order of the lists of
@@ -110,27 +97,14 @@ extern "C" __global__ __launch_bounds__(1024) void place_entries(const int* n_un
                                                                  int* next_reader, int* n_listed, int T, int n, int capacity) {
     __shared__ int of_warp[32], begin;
     const long pair = blockIdx.y;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int count[4], mine = 0;
+    int count[4], mine = 0, total;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const int key = blockIdx.x * 4096 + e * 1024 + threadIdx.x;
         count[e] = key < T ? readers[pair * T + key] : 0;
         mine += count[e];
     }
-    int sum = mine;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, sum, d);
-        if (lane >= d) sum += other;
-    }
-    if (lane == 31) of_warp[warp] = sum;
-    __syncthreads();
-    int to = sum - mine, total = 0;
-    for (int w = 0; w < 32; w++) {
-        if (w < warp) to += of_warp[w];
-        total += of_warp[w];
-    }
+    int to = sum_before(mine, of_warp, total);
     if (threadIdx.x == 0) begin = atomicAdd(n_listed + pair, total);
     __syncthreads();
     to += begin;
@@ -144,10 +118,18 @@ extern "C" __global__ __launch_bounds__(1024) void place_entries(const int* n_un
         to += count[e];
     }
     if (blockIdx.x == 0) {
-        n_union += pair * n;
-        const int n_entries = running_sums(first_entry + pair * (n + 1), n, [&](int i) { return n_union[i]; });
-        running_sums(first_tile + pair * (n + 1), n, [&](int i) { return (n_union[i] + KEYS - 1) / KEYS; });
-        if (n_entries > capacity) __trap();
+        n_union += pair * n, first_entry += pair * (n + 1), first_tile += pair * (n + 1);
+        int entries = 0, tiles = 0;
+        for (int i = threadIdx.x; i - (int)threadIdx.x < n; i += 1024) {
+            const int size = i < n ? n_union[i] : 0, size_in_tiles = (size + KEYS - 1) / KEYS;
+            const int entry = entries + sum_before(size, of_warp, total);
+            entries += total;
+            const int tile = tiles + sum_before(size_in_tiles, of_warp, total);
+            tiles += total;
+            if (i < n) first_entry[i] = entry, first_tile[i] = tile;
+        }
+        if (threadIdx.x == 0) first_entry[n] = entries, first_tile[n] = tiles;
+        if (entries > capacity) __trap();
     }
 }
 
@@ -340,7 +322,7 @@ struct RoutedBias {
 };
 
 // Partial sums of the routed keys of all superblocks. Grid [any, P], 128 threads.
-extern "C" __global__ __launch_bounds__(THREADS, KEY_CTAS) void dkv_routed(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+extern "C" __global__ __launch_bounds__(THREADS, ROUTED_CTAS) void dkv_routed(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* lse,
                                                                           const float* delta, const float* scores, const float* tau, const int* lens,
                                                                           const int* union_rows, const u32* union_blocks, const int* n_union, const int* first_entry,
                                                                           const int* first_tile, float* sums, float* score_sums, int T, int G, int n_blocks,
@@ -410,45 +392,45 @@ extern "C" __global__ __launch_bounds__(THREADS, KEY_CTAS) void dkv_routed(const
 }
 
 // Add up the entries of every key in ascending order, into the first one, whose number goes to the front of the key's
-// list; dscores [B, T, G] (or null). Grid [ceil(T / 8), G, B], 256 threads.
+// list; dscores [B, T, G] (or null). Grid [ceil(T / 64), G, B], 256 threads; the first keys, which have the longest lists,
+// go to different warps.
 extern "C" __global__ __launch_bounds__(256) void sum_entries(int* readers, const int* first_reader, const int* entries, int* sorted, float* sums, const float* score_sums,
                                                               float* dscores, int T, int G, int capacity) {
-    const int lane = threadIdx.x % 32, key = blockIdx.x * 8 + threadIdx.x / 32, g = blockIdx.y, b = blockIdx.z;
-    if (key >= T) return;
+    const int lane = threadIdx.x % 32, g = blockIdx.y, b = blockIdx.z, first_key = blockIdx.x * 64 + threadIdx.x / 32;
     const long pair = (long)b * G + g;
-    const int first = first_reader[pair * T + key], n = readers[pair * T + key];
-    float* dscore = dscores ? dscores + ((long)b * T + key) * G + g : nullptr;
-    if (n == 0) {
-        if (dscore && lane == 0) *dscore = 0.0f;
-        return;
-    }
-    __syncwarp();
-    if (lane == 0) readers[pair * T + key] = 0;
-    entries += pair * capacity + first, sorted += pair * capacity + first;
-    for (int i = lane; i < n; i += 32) {
-        const int mine = entries[i];
-        int rank = 0;
-        for (int j = 0; j < n; j++) rank += entries[j] < mine;
-        sorted[rank] = mine;
-    }
-    __syncwarp();
-    constexpr int PIECES = 2 * D / 128;
-    float4 sum[PIECES] = {};
-    float score_sum = 0.0f;
-#pragma unroll 4
-    for (int i = 0; i < n; i++) {
-        const long entry = pair * capacity + sorted[i];
-#pragma unroll
-        for (int e = 0; e < PIECES; e++) {
-            const float4 x = *(const float4*)(sums + entry * (2 * D) + (e * 32 + lane) * 4);
-            sum[e].x += x.x, sum[e].y += x.y, sum[e].z += x.z, sum[e].w += x.w;
+    entries += pair * capacity, sorted += pair * capacity, sums += pair * capacity * (2 * D), score_sums += pair * capacity;
+    const int key_of_lane = first_key + lane * 8;
+    const bool is_key = lane < 8 && key_of_lane < T;
+    const int n_of_lane = is_key ? readers[pair * T + key_of_lane] : 0, first_of_lane = is_key ? first_reader[pair * T + key_of_lane] : 0;
+    if (n_of_lane > 0) readers[pair * T + key_of_lane] = 0;
+    else if (is_key && dscores) dscores[((long)b * T + key_of_lane) * G + g] = 0.0f;
+    for (u32 left = __ballot_sync(0xffffffffu, n_of_lane > 0); left; left &= left - 1) {
+        const int from = __ffs(left) - 1, n = __shfl_sync(0xffffffffu, n_of_lane, from), first = __shfl_sync(0xffffffffu, first_of_lane, from);
+        for (int i = lane; i < n; i += 32) {
+            const int mine = entries[first + i];
+            int rank = 0;
+            for (int j = 0; j < n; j++) rank += entries[first + j] < mine;
+            sorted[first + rank] = mine;
         }
-        if (dscore) score_sum += score_sums[entry];
-    }
-    const long entry = pair * capacity + sorted[0];
+        __syncwarp();
+        constexpr int PIECES = 2 * D / 128;
+        float4 sum[PIECES] = {};
+        float score_sum = 0.0f;
+#pragma unroll 8
+        for (int i = 0; i < n; i++) {
+            const long entry = sorted[first + i];
 #pragma unroll
-    for (int e = 0; e < PIECES; e++) *(float4*)(sums + entry * (2 * D) + (e * 32 + lane) * 4) = sum[e];
-    if (dscore && lane == 0) *dscore = score_sum;
+            for (int e = 0; e < PIECES; e++) {
+                const float4 x = *(const float4*)(sums + entry * (2 * D) + (e * 32 + lane) * 4);
+                sum[e].x += x.x, sum[e].y += x.y, sum[e].z += x.z, sum[e].w += x.w;
+            }
+            if (dscores) score_sum += score_sums[entry];
+        }
+        const long entry = sorted[first];
+#pragma unroll
+        for (int e = 0; e < PIECES; e++) *(float4*)(sums + entry * (2 * D) + (e * 32 + lane) * 4) = sum[e];
+        if (dscores && lane == 0) dscores[((long)b * T + first_key + from * 8) * G + g] = score_sum;
+    }
 }
 
 // How a thread's two keys, positions, appear to the rows of a step.
@@ -474,7 +456,7 @@ struct LocalBias {
 
 // dk, dv [B, T, G, D]: what the window's queries contribute, and the sums of the routed ones. `first_reader` is null
 // when nothing is routed. Grid [ceil(T / 64), G, B], 128 threads.
-extern "C" __global__ __launch_bounds__(THREADS, KEY_CTAS) void dkv_local(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+extern "C" __global__ __launch_bounds__(THREADS, LOCAL_CTAS) void dkv_local(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* lse,
                                                                          const float* delta, const int* lens, const int* first_reader, const int* sorted,
                                                                          const float* sums, bf16* dk, bf16* dv, int T, int G, int window, int every, int capacity) {
     extern __shared__ __align__(1024) unsigned char shared[];

@@ -4,9 +4,9 @@
 //
 // A row is one query of one head. The `route_every * GROUP` rows of a block of queries and a KV head see one list
 // of keys: the routed ones, gathered, then the local strip, contiguous. Only the strip's end is masked. So a tile of
-// rows walks over the list in steps of KEYS keys, and every gathered key serves all its rows. Copies and the product
-// that yields the logits run one step ahead of the product with the values, so that the matrix unit works while a
-// warp computes its softmax (FlashAttention-3, section 3.2).
+// rows walks over the list in steps of KEYS keys, and every gathered key serves all its rows. Copies run a step
+// ahead. In the gradient the first two products do so too, so that the matrix unit works while a warp computes weights
+// (FlashAttention-3, section 3.2); the forward pass has several blocks of threads on a multiprocessor for that.
 // Positions start at 0 and key rows are positions.
 //
 // Grid: x = n_blocks * ceil(route_every * GROUP / ROWS), y = KV heads, z = batch; WARPGROUPS * 128 threads;
@@ -140,16 +140,13 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
     copy_rows<ROWS, D, THREADS>(q_tile, q, [&](int i) { return p.at(min(i, p.n_rows - 1), T, G); });
     const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
     const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = warpgroup() * 64;
-    const auto copy_keys = [&](u32 tile, const bf16* x, int step) {
-        copy_rows<KEYS, D, THREADS>(tile, x, [&](int i) { return key_row(keys, p, step * KEYS + i, T, G); });
+    const auto k_tile = [&](int step) { return kv + step % 2 * (2 * Layout::key_tile); };
+    const auto v_tile = [&](int step) { return k_tile(step) + Layout::key_tile; };
+    const auto fetch = [&](int step) {
+        copy_rows<KEYS, D, THREADS>(k_tile(step), k, v_tile(step), v, [&](int i) { return key_row(keys, p, step * KEYS + i, T, G); });
+        copies_commit();
     };
-    const auto k_tile = [&](int step) { return kv + step % 2 * Layout::key_tile; };
-    const auto v_tile = [&](int step) { return kv + (2 + step % 2) * Layout::key_tile; };
-    copy_keys(k_tile(0), k, 0);
-    copies_commit();
-    copy_keys(k_tile(1), k, 1);
-    copy_keys(v_tile(0), v, 0);
-    copies_commit();
+    fetch(0);
 
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
     const int limit0 = last_slot(p, keys, row), limit1 = last_slot(p, keys, row + 8);
@@ -182,18 +179,16 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
             sum1 += s[j][2] + s[j][3];
         }
     };
-    u32 weights[KEYS / 16][4];
-    const auto logits = [&](int step) {
+    for (int step = 0; step < steps; step++) {
+        copies_wait<0>();
+        __syncthreads();
+        fetch(step + 1);
         products_begin();
         product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
         products_commit();
-    };
-    const auto add_values = [&](int step) {
-        product_with_tile<KEYS, D>(out, weights, v_tile(step));
-        products_commit();
-    };
-    // Weights of the step, and what is there already as if it had been computed with their maximum.
-    const auto weigh = [&] {
+        products_wait<0>();
+        softmax(step);
+        u32 weights[KEYS / 16][4];
         to_fragments<KEYS>(weights, s);
         // Maxima settle after a few steps.
         if (__any_sync(0xffffffffu, shrink0 != 1.0f || shrink1 != 1.0f)) {
@@ -203,48 +198,11 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
                 out[j][2] *= shrink1, out[j][3] *= shrink1;
             }
         }
-    };
-#if AHEAD
-    copies_wait<1>();
-    __syncthreads();
-    logits(0);
-    products_wait<0>();
-    softmax(0);
-    to_fragments<KEYS>(weights, s);
-    for (int step = 1; step < steps; step++) {
-        copies_wait<0>();
-        __syncthreads();
-        copy_keys(k_tile(step + 1), k, step + 1);
-        copy_keys(v_tile(step), v, step);
-        copies_commit();
-        logits(step);
-        add_values(step - 1);
-        products_wait<1>();
-        softmax(step);
-        products_wait<0>();
-        weigh();
-    }
-    copies_wait<0>();
-    __syncthreads();
-    products_begin();
-    add_values(steps - 1);
-    products_wait<0>();
-#else
-    for (int step = 0; step < steps; step++) {
-        copies_wait<0>();
-        __syncthreads();
-        if (step > 0) copy_keys(k_tile(step + 1), k, step + 1);
-        copy_keys(v_tile(step + 1), v, step + 1);
-        copies_commit();
-        logits(step);
-        products_wait<0>();
-        softmax(step);
-        weigh();
         products_begin();
-        add_values(step);
+        product_with_tile<KEYS, D>(out, weights, v_tile(step));
+        products_commit();
         products_wait<0>();
     }
-#endif
     sum0 = quad_sum(sum0), sum1 = quad_sum(sum1);
     __syncthreads();
     accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, 1.0f / sum0, 1.0f / sum1);

@@ -6,12 +6,12 @@
 // far away:
 //
 //   sort_chunks   the best of every chunk of positions, sorted; chunks in parallel
-//   scan_chunks   the best of everything before every chunk of a group, and of the group; groups in parallel
-//   scan_chunks   the same over the groups
-//   route_blocks  the sets of the blocks: the best before the group, before the chunk, and of the chunk; in parallel
+//   merge_chunks  the best of every group of chunks; groups in parallel
+//   scan_groups   the best of everything before every group; heads in parallel
+//   route_blocks  the best before the chunk, from those; then the sets of the blocks that end in it; chunks in parallel
 //
-// `best` [B, G, n_chunks, KEPT] and `group_best` [B, G, n_groups, KEPT] hold sorted lists, first those of the chunks
-// and groups themselves, then, in place, those of everything before them.
+// `best` [B, G, n_chunks, KEPT] and `group_best` [B, G, n_groups, KEPT] hold sorted lists. A text of one group needs
+// neither the second kernel nor the third.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -49,7 +49,8 @@ struct List {
     // One exchange of the network: the larger of two places `stride` apart goes to the front where `size` does not divide
     // the place, to the back elsewhere.
     __device__ __forceinline__ void exchange(int size, int stride, u64* buffer) {
-        if (stride >= 32 * E) {
+        const bool far = stride >= 32 * E;
+        if (far) {
             __syncthreads();
             if (here()) {
 #pragma unroll
@@ -59,34 +60,56 @@ struct List {
         }
 #pragma unroll
         for (int e = 0; e < E; e++) {
-            if (stride >= E) {
-                u64 other = x[e];
-                if (stride >= 32 * E) {
-                    if (here()) other = buffer[e * THREADS + (threadIdx.x ^ (stride / E))];
-                } else {
-                    other = __shfl_xor_sync(0xffffffffu, x[e], stride / E);
-                }
-                const bool wants_larger = ((place(e) & stride) == 0) == ((place(e) & size) == 0);
-                if (wants_larger ? other > x[e] : other < x[e]) x[e] = other;
-            } else if ((e & stride) == 0) {
+            u64 other;
+            if (far) other = here() ? buffer[e * THREADS + (threadIdx.x ^ (stride / E))] : 0;
+            else other = __shfl_xor_sync(0xffffffffu, x[e], stride / E);
+            const bool wants_larger = ((place(e) & stride) == 0) == ((place(e) & size) == 0);
+            if (wants_larger ? other > x[e] : other < x[e]) x[e] = other;
+        }
+    }
+
+    __device__ __forceinline__ void exchange_within(int size, int stride) {
+#pragma unroll
+        for (int e = 0; e < E; e++) {
+            if ((e & stride) == 0) {
                 const u64 p = x[e], q = x[e | stride];
                 if ((p < q) == ((place(e) & size) == 0)) x[e] = q, x[e | stride] = p;
             }
         }
     }
 
-    __device__ __forceinline__ void sort_descending(u64* buffer) {
+    // Put in order what rises and falls only once in every `size` places. Loops rather than straight code, which would
+    // take longer to fetch than to run.
+    __device__ __forceinline__ void merge_descending(int size, u64* buffer) {
+#pragma unroll 1
+        for (int stride = size / 2; stride >= E; stride /= 2) exchange(size, stride, buffer);
 #pragma unroll
-        for (int size = 2; size <= N; size *= 2) {
-#pragma unroll
-            for (int stride = size / 2; stride > 0; stride /= 2) exchange(size, stride, buffer);
+        for (int stride = E / 2; stride > 0; stride /= 2) {
+            if (stride < size) exchange_within(size, stride);
         }
     }
 
-    // Put in order what rises and falls only once.
-    __device__ __forceinline__ void merge_descending(u64* buffer) {
+    // Sort the first `n` places, a power of two.
+    __device__ __forceinline__ void sort_descending(int n, u64* buffer) {
+#pragma unroll 1
+        for (int size = 2; size <= n; size *= 2) merge_descending(size, buffer);
+    }
+
+    // The best of this list and an ascending one.
+    __device__ __forceinline__ void take_best(const List& ascending, u64* buffer) {
 #pragma unroll
-        for (int stride = N / 2; stride > 0; stride /= 2) exchange(N, stride, buffer);
+        for (int e = 0; e < E; e++) x[e] = x[e] > ascending.x[e] ? x[e] : ascending.x[e];
+        merge_descending(N, buffer);
+    }
+
+    __device__ __forceinline__ void load(const u64* from) {
+#pragma unroll
+        for (int e = 0; e < E; e++) x[e] = from && here() ? from[place(e)] : 0;
+    }
+
+    __device__ __forceinline__ void load_ascending(const u64* from) {
+#pragma unroll
+        for (int e = 0; e < E; e++) x[e] = from && here() ? from[N - 1 - place(e)] : 0;
     }
 
     __device__ __forceinline__ void store(u64* to) const {
@@ -107,7 +130,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void sort_chunks(const float* s
         const int position = chunk * CHUNK + e * THREADS + threadIdx.x;
         list.x[e] = position < len ? candidate(scores[((long)b * T + position) * G + g], position, n_sink) : 0;
     }
-    list.sort_descending(buffer);
+    list.sort_descending(CHUNK, buffer);
     best += (((long)b * G + g) * gridDim.x + chunk) * KEPT;
 #pragma unroll
     for (int e = 0; e < list.E; e++) {
@@ -115,31 +138,37 @@ extern "C" __global__ __launch_bounds__(THREADS) void sort_chunks(const float* s
     }
 }
 
-// The better of two descending lists, each as a whole. `group_best` may be null. Grid [n_groups, B * G], 512 threads.
-extern "C" __global__ __launch_bounds__(THREADS) void scan_chunks(u64* best, u64* group_best, int n_chunks, int group) {
-    __shared__ u64 buffer[KEPT];
+// Grid [n_groups, B * G], 512 threads.
+extern "C" __global__ __launch_bounds__(THREADS) void merge_chunks(const u64* best, u64* group_best, int n_chunks, int group) {
+    __shared__ u64 buffer[KEPT > THREADS ? KEPT : THREADS];
     best += ((long)blockIdx.y * n_chunks + (long)blockIdx.x * group) * KEPT;
     n_chunks = min(group, n_chunks - (int)blockIdx.x * group);
     List<KEPT> kept, next;
-    const auto fetch = [&](int chunk) {
-#pragma unroll
-        for (int e = 0; e < kept.E; e++) next.x[e] = chunk < n_chunks && kept.here() ? best[(long)chunk * KEPT + KEPT - 1 - kept.place(e)] : 0;
-    };
-#pragma unroll
-    for (int e = 0; e < kept.E; e++) kept.x[e] = 0;
-    fetch(0);
-    for (int chunk = 0; chunk < n_chunks; chunk++) {
-        const List<KEPT> before = kept;
-        // The maxima of a descending and an ascending list are the best of both, and rise and fall only once.
-#pragma unroll
-        for (int e = 0; e < kept.E; e++) kept.x[e] = kept.x[e] > next.x[e] ? kept.x[e] : next.x[e];
-        fetch(chunk + 1);
-        // Everyone has read this chunk's list before anyone overwrites it.
-        __syncthreads();
-        before.store(best + (long)chunk * KEPT);
-        kept.merge_descending(buffer);
+    kept.load(best);
+    next.load_ascending(n_chunks > 1 ? best + KEPT : nullptr);
+    for (int chunk = 1; chunk < n_chunks; chunk++) {
+        const List<KEPT> now = next;
+        next.load_ascending(chunk + 1 < n_chunks ? best + (long)(chunk + 1) * KEPT : nullptr);
+        kept.take_best(now, buffer);
     }
-    if (group_best) kept.store(group_best + ((long)blockIdx.y * gridDim.x + blockIdx.x) * KEPT);
+    kept.store(group_best + ((long)blockIdx.y * gridDim.x + blockIdx.x) * KEPT);
+}
+
+// In place: from the best of every group to the best of everything before it. Grid [B * G], 512 threads.
+extern "C" __global__ __launch_bounds__(THREADS) void scan_groups(u64* group_best, int n_groups) {
+    __shared__ u64 buffer[KEPT > THREADS ? KEPT : THREADS];
+    group_best += (long)blockIdx.x * n_groups * KEPT;
+    List<KEPT> kept, next;
+    kept.load(nullptr);
+    next.load_ascending(group_best);
+    for (int i = 0; i < n_groups; i++) {
+        const List<KEPT> now = next;
+        next.load_ascending(i + 1 < n_groups ? group_best + (long)(i + 1) * KEPT : nullptr);
+        // Everyone has read this group's list before anyone overwrites it.
+        __syncthreads();
+        kept.store(group_best + (long)i * KEPT);
+        kept.take_best(now, buffer);
+    }
 }
 
 // Candidates that some block of a chunk may keep.
@@ -172,16 +201,16 @@ extern "C" __global__ __launch_bounds__(THREADS) void route_blocks(const float* 
     Members& m = *(Members*)shared;
     const int chunk = blockIdx.x, g = blockIdx.y, b = blockIdx.z, len = lens[b], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const long pair = (long)b * G + g;
-    best += (pair * gridDim.x + chunk) * KEPT;
-    group_best += (pair * ((gridDim.x + group - 1) / group) + chunk / group) * KEPT;
-    List<KEPT> kept;
-#pragma unroll
-    for (int e = 0; e < kept.E; e++) {
-        const int i = kept.place(e);
-        const u64 x = kept.here() ? best[i] : 0, y = kept.here() ? group_best[KEPT - 1 - i] : 0;
-        kept.x[e] = x > y ? x : y;
+    List<KEPT> kept, next;
+    kept.load(group_best ? group_best + (pair * ((gridDim.x + group - 1) / group) + chunk / group) * KEPT : nullptr);
+    best += pair * gridDim.x * KEPT;
+    const int first_chunk = chunk / group * group;
+    next.load_ascending(first_chunk < chunk ? best + (long)first_chunk * KEPT : nullptr);
+    for (int other = first_chunk; other < chunk; other++) {
+        const List<KEPT> now = next;
+        next.load_ascending(other + 1 < chunk ? best + (long)(other + 1) * KEPT : nullptr);
+        kept.take_best(now, m.sorted);
     }
-    kept.merge_descending(m.sorted);
     kept.store(m.kept);
     int n_kept = 0, n_admitted = 0;
 #pragma unroll
@@ -191,7 +220,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void route_blocks(const float* 
         kept.x[e] = is_kept ? (u64)(0xffffffffu - (u32)kept.x[e]) << 32 | kept.place(e) : 0;
     }
     const u64 threshold = m.kept[top_k - 1];
-    kept.sort_descending(m.sorted);
+    if (n_kept > 0) kept.sort_descending(KEPT, m.sorted);
     kept.store(m.by_position);
 
     for (int begin = 0; begin < CHUNK; begin += THREADS) {
@@ -211,7 +240,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void route_blocks(const float* 
     List<CHUNK> admitted;
 #pragma unroll
     for (int e = 0; e < admitted.E; e++) admitted.x[e] = admitted.place(e) < n_admitted ? m.admitted[admitted.place(e)] : 0;
-    admitted.sort_descending(m.sorted);
+    int n_sorted = 2;
+    while (n_sorted < n_admitted) n_sorted *= 2;
+    admitted.sort_descending(n_sorted, m.sorted);
     admitted.store(m.admitted_sorted);
     __syncthreads();
     for (int i = threadIdx.x; i < n_kept; i += THREADS) m.sorted[i + larger(m.admitted_sorted, n_admitted, m.kept[i])] = m.kept[i];
