@@ -222,7 +222,7 @@ def kernel_times(f, repeats=5):
         for _ in range(repeats):
             f()
         torch.cuda.synchronize()
-    return {e.key: e.self_device_time_total / repeats / 1e3 for e in p.key_averages()}
+    return {e.key: e.self_device_time_total / repeats / 1e3 for e in p.key_averages() if e.self_device_time_total > 0}
 
 
 def cudnn(q, k, v, dout):

@@ -126,16 +126,17 @@ class Routed:
         f32 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.float32, device=dev)
         i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
         bf16 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.bfloat16, device=dev)
-        self.kept = 32
-        while self.kept < top_k:
-            self.kept *= 2
-        self.chunk = max(1024, self.kept)
-        self.n_chunks = max(1, ceil(self.n_candidates, self.chunk))
-        # Up to 16 chunks, merging those before a chunk takes no longer than two more launches.
-        self.chunk_group = max(16, math.isqrt(self.n_chunks))
-        self.n_groups = ceil(self.n_chunks, self.chunk_group)
-        self.best = torch.empty((b, g, self.n_chunks, self.kept), dtype=torch.int64, device=dev)
-        self.group_best = torch.empty((b, g, self.n_groups, self.kept), dtype=torch.int64, device=dev)
+        # Chunks and groups that fit shared memory; a single group needs two launches fewer, but more candidates a block.
+        self.chunk = max(1024, top_k)
+        while True:
+            self.n_chunks = max(1, ceil(self.n_candidates, self.chunk))
+            self.chunk_group = self.n_chunks if (self.n_chunks - 1) * top_k <= 2048 else math.isqrt(self.n_chunks)
+            self.n_groups = ceil(self.n_chunks, self.chunk_group)
+            if (self.n_groups + self.chunk_group) * top_k <= 28_000 or self.n_chunks == 1:
+                break
+            self.chunk *= 2
+        lists = lambda n: torch.empty((b, g, n, top_k), dtype=torch.int64, device=dev)
+        self.best, self.group_best, self.before = lists(self.n_chunks), lists(self.n_groups), lists(self.n_chunks)
         self.indices, self.tau = i32(b, self.n_blocks, g, self.n_places), f32(b, self.n_blocks, g)
         self.o, self.lse = bf16(b, t, heads, d), f32(b, t, heads)
 
@@ -170,17 +171,19 @@ class Routed:
         if self.n_places == 0:
             self.tau.fill_(-float("inf"))
             return
-        grid, f = (self.n_chunks, self.g, self.b), lambda name: function("routing", name, KEPT=self.kept)
-        pairs = self.b * self.g
-        launch(f("sort_chunks"), grid, 512, self.chunk * 8, scores, self.lens, self.best, self.t, self.g, self.n_sink)
-        group_best = None
+        f, pairs = lambda name: function("routing", name), self.b * self.g
+        shared = lambda n: ceil(n, 128) * 128 * 8
+        launch(f("best_of_chunks"), (self.n_chunks, self.g, self.b), 32, shared(self.chunk), scores, self.lens, self.best, self.t, self.g, self.n_sink, self.top_k,
+               self.chunk)
+        before, n_before = None, (self.n_chunks - 1) * self.top_k
         if self.n_groups > 1:
-            group_best = self.group_best
-            launch(f("merge_chunks"), (self.n_groups, pairs), 512, 0, self.best, group_best, self.n_chunks, self.chunk_group)
-            launch(f("scan_groups"), (pairs,), 512, 0, group_best, self.n_groups)
-        members = self.kept * 24 + self.chunk * 24 + 64
-        launch(f("route_blocks"), grid, 512, members, scores, self.lens, self.best, group_best, self.indices, self.tau, self.t, self.g, self.n_blocks,
-               self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk_group)
+            before, n_before = self.before, self.top_k
+            launch(f("best_of_groups"), (self.n_groups, pairs), 32, shared(self.chunk_group * self.top_k), self.best, self.group_best, self.n_chunks,
+                   self.chunk_group, self.top_k)
+            launch(f("best_before"), (self.n_chunks, pairs), 32, shared((self.n_groups + self.chunk_group) * self.top_k), self.best, self.group_best, before,
+                   self.chunk_group, self.n_groups, self.top_k)
+        launch(f("route_blocks"), (self.n_blocks, self.g, self.b), 32, shared(n_before + self.chunk), scores, self.lens, self.best, before, self.indices, self.tau,
+               self.t, self.g, self.n_blocks, self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk, self.n_chunks)
 
     def attention(self, pass_):
         wg, ctas, step = self.tuning[pass_]
@@ -230,7 +233,7 @@ class Routed:
         launch(self.keys("dkv_routed"), (tiles, pairs), 128, self.key_shared(), dout, q, k, v, self.lse, self.delta, scores, self.tau, self.lens, self.union_rows,
                self.union_blocks, self.n_union, self.first_entry, self.first_tile, self.sums, self.score_sums, self.t, self.g, self.n_blocks, self.n_places,
                self.every, self.inverse_temperature, self.span, self.n_super, self.capacity)
-        launch(self.keys("sum_entries"), (ceil(self.t, 64), self.g, self.b), 256, 0, self.readers, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
+        launch(self.keys("sum_entries"), (ceil(self.t, 16), self.g, self.b), 256, 0, self.readers, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
                self.dscores, self.t, self.g, self.capacity)
 
     def bwd_local(self, dout, q, k, v):

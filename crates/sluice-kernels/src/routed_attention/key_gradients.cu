@@ -392,15 +392,15 @@ extern "C" __global__ __launch_bounds__(THREADS, ROUTED_CTAS) void dkv_routed(co
 }
 
 // Add up the entries of every key in ascending order, into the first one, whose number goes to the front of the key's
-// list; dscores [B, T, G] (or null). Grid [ceil(T / 64), G, B], 256 threads; the first keys, which have the longest lists,
+// list; dscores [B, T, G] (or null). Grid [ceil(T / 16), G, B], 256 threads; the first keys, which have the longest lists,
 // go to different warps.
 extern "C" __global__ __launch_bounds__(256) void sum_entries(int* readers, const int* first_reader, const int* entries, int* sorted, float* sums, const float* score_sums,
                                                               float* dscores, int T, int G, int capacity) {
-    const int lane = threadIdx.x % 32, g = blockIdx.y, b = blockIdx.z, first_key = blockIdx.x * 64 + threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, g = blockIdx.y, b = blockIdx.z, first_key = blockIdx.x * 16 + threadIdx.x / 32;
     const long pair = (long)b * G + g;
     entries += pair * capacity, sorted += pair * capacity, sums += pair * capacity * (2 * D), score_sums += pair * capacity;
     const int key_of_lane = first_key + lane * 8;
-    const bool is_key = lane < 8 && key_of_lane < T;
+    const bool is_key = lane < 2 && key_of_lane < T;
     const int n_of_lane = is_key ? readers[pair * T + key_of_lane] : 0, first_of_lane = is_key ? first_reader[pair * T + key_of_lane] : 0;
     if (n_of_lane > 0) readers[pair * T + key_of_lane] = 0;
     else if (is_key && dscores) dscores[((long)b * T + key_of_lane) * G + g] = 0.0f;
