@@ -121,7 +121,7 @@ class Routed:
         self.n_places = min(top_k, self.n_candidates)
         self.group = heads // kv_heads
         # Of the forward pass and of dq: warpgroups, blocks of threads that must fit a multiprocessor, keys a step.
-        self.tuning = {"fwd": (1, 5, 64) if d == 64 else (2, 2, 64), "dq": (1, 3, 64) if d == 64 else (2, 1, 64), "span": None} | (tuning or {})
+        self.tuning = {"fwd": (1, 5, 64, 0) if d == 64 else (2, 2, 64, 0), "dq": (1, 3, 64, 0) if d == 64 else (2, 1, 64, 0), "span": None} | (tuning or {})
         b, g = self.b, self.g
         f32 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.float32, device=dev)
         i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
@@ -186,11 +186,11 @@ class Routed:
                self.t, self.g, self.n_blocks, self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk, self.n_chunks)
 
     def attention(self, pass_):
-        wg, ctas, step = self.tuning[pass_]
+        wg, ctas, step, ahead = self.tuning[pass_]
         if self.every * self.group <= 64:
             wg = 1
         name = "routed_attention_" + pass_
-        kernel = function("attention", name, HEAD_DIM=self.d, GROUP=self.group, WARPGROUPS=wg, FWD_CTAS=ctas, DQ_CTAS=ctas, KEY_STEP=step)
+        kernel = function("attention", name, HEAD_DIM=self.d, GROUP=self.group, WARPGROUPS=wg, FWD_CTAS=ctas, DQ_CTAS=ctas, KEY_STEP=step, AHEAD=ahead)
         grid = (self.n_blocks * ceil(self.every * self.group, wg * 64), self.g, self.b)
         row_tile, key_tile = wg * 64 * self.d * 2, step * self.d * 2
         shared = row_tile + 4 * key_tile if pass_ == "fwd" else 2 * row_tile + 5 * key_tile + wg * 256

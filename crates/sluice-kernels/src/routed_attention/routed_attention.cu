@@ -140,13 +140,16 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
     copy_rows<ROWS, D, THREADS>(q_tile, q, [&](int i) { return p.at(min(i, p.n_rows - 1), T, G); });
     const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
     const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = warpgroup() * 64;
-    const auto k_tile = [&](int step) { return kv + step % 2 * (2 * Layout::key_tile); };
-    const auto v_tile = [&](int step) { return k_tile(step) + Layout::key_tile; };
-    const auto fetch = [&](int step) {
-        copy_rows<KEYS, D, THREADS>(k_tile(step), k, v_tile(step), v, [&](int i) { return key_row(keys, p, step * KEYS + i, T, G); });
-        copies_commit();
+    const auto k_tile = [&](int step) { return kv + step % 2 * Layout::key_tile; };
+    const auto v_tile = [&](int step) { return kv + (2 + step % 2) * Layout::key_tile; };
+    const auto copy_keys = [&](u32 tile, const bf16* x, int step) {
+        copy_rows<KEYS, D, THREADS>(tile, x, [&](int i) { return key_row(keys, p, step * KEYS + i, T, G); });
     };
-    fetch(0);
+    copy_keys(k_tile(0), k, 0);
+    copies_commit();
+    copy_keys(k_tile(1), k, 1);
+    copy_keys(v_tile(0), v, 0);
+    copies_commit();
 
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
     const int limit0 = last_slot(p, keys, row), limit1 = last_slot(p, keys, row + 8);
@@ -179,16 +182,13 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
             sum1 += s[j][2] + s[j][3];
         }
     };
-    for (int step = 0; step < steps; step++) {
-        copies_wait<0>();
-        __syncthreads();
-        fetch(step + 1);
+    u32 weights[KEYS / 16][4];
+    const auto logits = [&](int step) {
         products_begin();
         product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
         products_commit();
-        products_wait<0>();
-        softmax(step);
-        u32 weights[KEYS / 16][4];
+    };
+    const auto weigh = [&] {
         to_fragments<KEYS>(weights, s);
         // Maxima settle after a few steps.
         if (__any_sync(0xffffffffu, shrink0 != 1.0f || shrink1 != 1.0f)) {
@@ -198,11 +198,52 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
                 out[j][2] *= shrink1, out[j][3] *= shrink1;
             }
         }
+    };
+#if AHEAD
+    copies_wait<1>();
+    __syncthreads();
+    logits(0);
+    products_wait<0>();
+    softmax(0);
+    for (int step = 1; step < steps; step++) {
+        products_wait<0>();
+        copies_wait<0>();
+        __syncthreads();
+        weigh();
+        copy_keys(k_tile(step + 1), k, step + 1);
+        copy_keys(v_tile(step), v, step);
+        copies_commit();
+        logits(step);
+        product_with_tile<KEYS, D>(out, weights, v_tile(step - 1));
+        products_commit();
+        products_wait<1>();
+        softmax(step);
+    }
+    products_wait<0>();
+    copies_wait<0>();
+    __syncthreads();
+    weigh();
+    products_begin();
+    product_with_tile<KEYS, D>(out, weights, v_tile(steps - 1));
+    products_commit();
+    products_wait<0>();
+#else
+    for (int step = 0; step < steps; step++) {
+        copies_wait<0>();
+        __syncthreads();
+        if (step > 0) copy_keys(k_tile(step + 1), k, step + 1);
+        copy_keys(v_tile(step + 1), v, step + 1);
+        copies_commit();
+        logits(step);
+        products_wait<0>();
+        softmax(step);
+        weigh();
         products_begin();
         product_with_tile<KEYS, D>(out, weights, v_tile(step));
         products_commit();
         products_wait<0>();
     }
+#endif
     sum0 = quad_sum(sum0), sum1 = quad_sum(sum1);
     __syncthreads();
     accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, 1.0f / sum0, 1.0f / sum1);
@@ -236,6 +277,12 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
     float* bias = scores ? (float*)(rows + n_places) : nullptr;
 
     copy_rows<ROWS, D, THREADS>(q_tile, q, dout_tile, dout, [&](int i) { return p.at(min(i, p.n_rows - 1), T, G); });
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    // Rows that are padding have no weights.
+    const float top0 = row < p.n_rows ? lse[p.at(row, T, G)] * LOG2E : infinity(), top1 = row + 8 < p.n_rows ? lse[p.at(row + 8, T, G)] * LOG2E : infinity();
+    uint4 outs[(ROWS * (D / 8) + THREADS - 1) / THREADS];
+    int n = 0;
+    for_pieces<ROWS, D, THREADS>([&](int i, u32) { outs[n++] = *(const uint4*)(o + (u64)p.at(min(i, p.n_rows - 1), T, G) * D + threadIdx.x % (D / 8) * 8); });
     const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
     const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = warpgroup() * 64;
     const auto k_tile = [&](int step) { return kv + step % 3 * Layout::key_tile; };
@@ -248,9 +295,6 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
     fetch(1);
     copies_wait<1>();
     __syncthreads();
-    uint4 outs[(ROWS * (D / 8) + THREADS - 1) / THREADS];
-    int n = 0;
-    for_pieces<ROWS, D, THREADS>([&](int i, u32) { outs[n++] = *(const uint4*)(o + (u64)p.at(min(i, p.n_rows - 1), T, G) * D + threadIdx.x % (D / 8) * 8); });
     n = 0;
     for_pieces<ROWS, D, THREADS>([&](int i, u32 at) {
         const uint4 x = outs[n++], y = *(const uint4*)(shared + Layout::row_tile + at);
@@ -267,12 +311,9 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
     });
     __syncthreads();
 
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
     const int limit0 = last_slot(p, keys, row), limit1 = last_slot(p, keys, row + 8);
     const int first_masked = (last_slot(p, keys, 0) + 1) / KEYS;
     const float scale = LOG2E * rsqrtf((float)D);
-    // Rows that are padding have no weights.
-    const float top0 = row < p.n_rows ? lse[p.at(row, T, G)] * LOG2E : infinity(), top1 = row + 8 < p.n_rows ? lse[p.at(row + 8, T, G)] * LOG2E : infinity();
     const float delta0 = deltas[row], delta1 = deltas[row + 8];
     float out[D / 8][4] = {};
 
@@ -297,19 +338,22 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
     start(0);
     products_wait<0>();
     logit_gradients(0);
-    to_fragments<KEYS>(factors, s);
     for (int step = 1; step < steps; step++) {
+        // The wait for the product of the turn before stands here, a branch away from the work that runs beside that
+        // product: within one straight piece of code the compiler puts the wait first.
+        products_wait<0>();
         copies_wait<0>();
         __syncthreads();
+        to_fragments<KEYS>(factors, s);
         fetch(step + 1);
         start(step);
         product_with_tile<KEYS, D>(out, factors, k_tile(step - 1));
         products_commit();
         products_wait<1>();
         logit_gradients(step);
-        products_wait<0>();
-        to_fragments<KEYS>(factors, s);
     }
+    products_wait<0>();
+    to_fragments<KEYS>(factors, s);
     products_begin();
     product_with_tile<KEYS, D>(out, factors, k_tile(steps - 1));
     products_commit();
