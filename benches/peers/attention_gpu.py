@@ -23,8 +23,8 @@ from routed_attention_cuda import Routed, ceil
 SMALL, LARGE = (9, 3, 64), (32, 8, 128)
 
 
-def case(t=1000, shape=SMALL, w=8, k=16, r=8, bias=True, lens=None, ties=False, sinks=2, tuning=None):
-    return dict(t=t, shape=shape, w=w, k=k, r=r, bias=bias, lens=lens or [t], ties=ties, sinks=sinks, tuning=tuning)
+def case(t=1000, shape=SMALL, w=8, k=16, r=8, bias=True, lens=None, ties=False, sinks=2, span=None):
+    return dict(t=t, shape=shape, w=w, k=k, r=r, bias=bias, lens=lens or [t], ties=ties, sinks=sinks, span=span)
 
 
 CASES = [
@@ -142,7 +142,7 @@ def run_case(c, seed):
     marked[:, : c["sinks"]] = float("inf")  # As `mark_sinks` does for the kernel.
     results = []
     for _ in range(2):
-        x = Routed(c["lens"], c["t"], *c["shape"], c["w"], c["k"], c["r"], c["sinks"], temperature, c["tuning"])
+        x = Routed(c["lens"], c["t"], *c["shape"], c["w"], c["k"], c["r"], c["sinks"], temperature, c["span"])
         x.prepare_bwd()
         x.route(scores)
         x.fwd(q, k, v, marked)
@@ -275,17 +275,17 @@ def measure_rates():
     return {"flops": 2 * 8192**3 / product * 1e3, "bytes": 2 * 2**30 / copy * 1e3}
 
 
-def time_shape(shape, t, rates, tuning=None, peer=True, parts=True, w=128, k=256, r=64):
+def time_shape(shape, t, rates, peer=True, w=128, k=256, r=64):
     h, g, d = shape
     q, key, v, dout = (random(1, t, n, d, seed=t + i).bfloat16() for i, n in enumerate([h, g, g, h]))
     scores = random(1, t, g, seed=t + 9)
-    x = Routed([t], t, *shape, w, k, r, 4, None, tuning or BEST.get(shape))
+    x = Routed([t], t, *shape, w, k, r, 4)
 
     def fwd():
         x.route(scores)
         x.fwd(q, key, v, scores)
 
-    row = {"shape": shape, "tokens": t, "tuning": tuning, "route": milliseconds(lambda: x.route(scores)), "fwd": milliseconds(fwd)}
+    row = {"shape": shape, "tokens": t, "route": milliseconds(lambda: x.route(scores)), "fwd": milliseconds(fwd)}
     x.prepare_bwd()
 
     def both():
@@ -293,9 +293,8 @@ def time_shape(shape, t, rates, tuning=None, peer=True, parts=True, w=128, k=256
         x.bwd(dout, q, key, v, scores)
 
     row["both"] = milliseconds(both)
-    if parts:
-        row["parts"] = kernel_times(both)
-        row["entries"] = int(x.n_union.sum())
+    row["parts"] = kernel_times(both)
+    row["entries"] = int(x.n_union.sum())
     row["finite"] = all(bool(torch.isfinite(y).all()) for y in (x.o, x.dq, x.dk, x.dv))
     row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
     low = floor(shape, t, w, k, r, rates)
@@ -309,49 +308,6 @@ def time_shape(shape, t, rates, tuning=None, peer=True, parts=True, w=128, k=256
     return row
 
 
-# Warpgroups of a block of threads, blocks that must fit a multiprocessor, keys a step, products ahead.
-VARIANTS = {
-    SMALL: {"fwd": [(1, 5, 64, 0), (1, 4, 64, 1), (3, 1, 64, 1)], "dq": [(1, 3, 64, 0), (3, 1, 64, 0)]},
-    LARGE: {"fwd": [(2, 2, 64, 0), (2, 1, 64, 1), (2, 2, 32, 1)], "dq": [(2, 1, 64, 0), (2, 2, 32, 0), (1, 2, 64, 0)]},
-}
-BEST = {}
-
-
-def tune(tokens):
-    """Times of the parts with every variant of their launches."""
-    rows = []
-    for shape, variants in VARIANTS.items():
-        for t in tokens:
-            h, g, d = shape
-            q, k, v, dout = (random(1, t, n, d, seed=t + i).bfloat16() for i, n in enumerate([h, g, g, h]))
-            scores = random(1, t, g, seed=t + 9)
-            x = Routed([t], t, *shape, 128, 256, 64, 4, None)
-            x.prepare_bwd()
-            x.route(scores)
-            x.fwd(q, k, v, scores)
-            x.bwd(dout, q, k, v, scores)
-
-            def one(what, f, variant):
-                try:
-                    rows.append({"shape": shape, "tokens": t, "part": what, "variant": variant, "ms": milliseconds(f, 5)})
-                    print(f"{h}/{g}/{d} T {t} {what} {variant}: {rows[-1]['ms']:.4f}", flush=True)
-                except Exception as e:
-                    print(f"{h}/{g}/{d} T {t} {what} {variant}: {str(e)[:200]}", flush=True)
-
-            for variant in variants["fwd"]:
-                x.tuning["fwd"] = variant
-                one("fwd", lambda: x.fwd(q, k, v, scores), variant)
-            for variant in variants["dq"]:
-                x.tuning["dq"] = variant
-                one("dq", lambda: x.bwd_dq(dout, q, k, v, scores), variant)
-            if t == max(tokens):
-                for part in ("fwd", "dq"):
-                    mine = [r for r in rows if r["shape"] == shape and r["tokens"] == t and r["part"] == part]
-                    BEST.setdefault(shape, {})[part] = min(mine, key=lambda r: r["ms"])["variant"]
-    print(BEST)
-    return rows
-
-
 def show(row):
     (h, g, d), t = row["shape"], row["tokens"]
     text = f"{h}/{g}/{d} T {t:>7}: route {row['route']:.4f} fwd {row['fwd']:.4f} ({row['share']['fwd']:.0%} of floor) both {row['both']:.4f} ({row['share']['both']:.0%})"
@@ -359,7 +315,7 @@ def show(row):
         text += f" | cuDNN {row['cudnn']['fwd']:.3f} {row['cudnn']['both']:.3f}: {row['ratio']['fwd']:.1f}x {row['ratio']['both']:.1f}x"
     if "parts" in row:
         text += " | " + " ".join(f"{n} {ms:.4f}" for n, ms in row["parts"].items()) + f" entries {row['entries']}"
-    print(text + ("" if row["finite"] else " NOT FINITE") + (f" {row['tuning']}" if row["tuning"] else ""), flush=True)
+    print(text + ("" if row["finite"] else " NOT FINITE"), flush=True)
 
 
 def main():
@@ -367,7 +323,6 @@ def main():
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--archs", nargs="+", default=["sm_90a", "compute_80"])
     parser.add_argument("--time", action="store_true")
-    parser.add_argument("--tune", action="store_true", help="variants of launch shapes at two lengths")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--alone", type=int, nargs="*", default=[262144, 1048576], help="lengths without the peer")
     parser.add_argument("--commit", default="unknown")
@@ -378,19 +333,15 @@ def main():
     failed = 0
     if args.check:
         report["cases"], failed = check(args.archs)
-    rates = None
-    if args.time or args.tune:
+    if args.time:
         rates = report["rates"] = measure_rates()
         print(f"{report['device']}: product {rates['flops'] / 1e12:.0f} TFLOP/s, copy {rates['bytes'] / 1e12:.2f} TB/s", flush=True)
-    if args.tune:
-        report["tuning"] = tune([4096, 65536])
-    if args.time:
         rows = report["rows"] = []
         for shape in (SMALL, LARGE):
             for t in args.tokens + args.alone:
                 def one():
                     torch.cuda.reset_peak_memory_stats()
-                    rows.append(time_shape(shape, t, rates, peer=t in args.tokens, parts=True))
+                    rows.append(time_shape(shape, t, rates, peer=t in args.tokens))
                     show(rows[-1])
                 attempt(one)
                 if args.out:

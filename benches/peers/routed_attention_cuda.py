@@ -62,7 +62,7 @@ def function(kind, name, **defines):
     """The kernel `name` of a source compiled with `defines`."""
     key = (kind, ARCH, tuple(sorted(defines.items())))
     if key not in LOADED:
-        code = compile_source("".join(path.read_text() for path in SOURCES[kind]), ARCH, defines)
+        code = compile_source("\n".join(path.read_text() for path in SOURCES[kind]), ARCH, defines)
         module = ctypes.c_void_p()
         check(driver().cuModuleLoadData(ctypes.byref(module), code), f"cuModuleLoadData of {kind} {defines}")
         LOADED[key] = (module, {})
@@ -95,7 +95,7 @@ def launch(kernel, grid, threads, shared, *arguments):
         elif isinstance(argument, float):
             values.append(ctypes.c_float(argument))
         else:
-            values.append(ctypes.c_int(argument))
+            values.append(ctypes.c_uint(argument & 0xFFFFFFFF))
     pointers = (ctypes.c_void_p * len(values))(*[ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values])
     grid = list(grid) + [1] * (3 - len(grid))
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -109,19 +109,18 @@ def ceil(a, b):
 class Routed:
     """Buffers and launches for one shape; `poison` fills every output with NaN or nonsense first."""
 
-    def __init__(self, lens, t, heads, kv_heads, d, window, top_k, every, n_sink=4, temperature=None, tuning=None):
+    def __init__(self, lens, t, heads, kv_heads, d, window, top_k, every, n_sink=4, temperature=None, span=None):
         dev = "cuda"
         self.b, self.t, self.h, self.g, self.d = len(lens), t, heads, kv_heads, d
         self.window, self.top_k, self.every, self.n_sink = window, top_k, every, n_sink
         self.lens = torch.tensor(lens, dtype=torch.int32, device=dev)
         self.inverse_temperature = 1.0 / temperature if temperature else 1.0
-        self.biased = temperature is not None
+        self.biased, self.wanted_span = temperature is not None, span
         self.n_blocks = ceil(t, every)
         self.n_candidates = max(0, (self.n_blocks - 1) * every + 1 - window)
         self.n_places = min(top_k, self.n_candidates)
         self.group = heads // kv_heads
-        # Of the forward pass and of dq: warpgroups, blocks of threads that must fit a multiprocessor, keys a step.
-        self.tuning = {"fwd": (1, 5, 64, 0) if d == 64 else (2, 2, 64, 0), "dq": (1, 3, 64, 0) if d == 64 else (2, 1, 64, 0), "span": None} | (tuning or {})
+        self.division = (self.group, 2**32 // self.group + 1 if self.group > 1 else 0)
         b, g = self.b, self.g
         f32 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.float32, device=dev)
         i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
@@ -130,9 +129,9 @@ class Routed:
         self.chunk = max(1024, top_k)
         while True:
             self.n_chunks = max(1, ceil(self.n_candidates, self.chunk))
-            self.chunk_group = self.n_chunks if (self.n_chunks - 1) * top_k <= 2048 else math.isqrt(self.n_chunks)
+            self.chunk_group = self.n_chunks if (self.n_chunks - 1) * top_k <= 4096 else math.isqrt(self.n_chunks)
             self.n_groups = ceil(self.n_chunks, self.chunk_group)
-            if (self.n_groups + self.chunk_group) * top_k <= 28_000 or self.n_chunks == 1:
+            if (self.n_groups + self.chunk_group) * top_k <= 27_000 or self.n_chunks == 1:
                 break
             self.chunk *= 2
         lists = lambda n: torch.empty((b, g, n, top_k), dtype=torch.int64, device=dev)
@@ -147,7 +146,7 @@ class Routed:
         i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
         bf16 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.bfloat16, device=dev)
         b, t, g, pairs = self.b, self.t, self.g, self.b * self.g
-        span = self.tuning["span"]
+        span = self.wanted_span
         if span is None:
             # Long superblocks leave fewer partial sums, short ones more to do side by side; the table of keys must fit.
             span = 32
@@ -172,40 +171,36 @@ class Routed:
             self.tau.fill_(-float("inf"))
             return
         f, pairs = lambda name: function("routing", name), self.b * self.g
-        shared = lambda n: ceil(n, 128) * 128 * 8
-        launch(f("best_of_chunks"), (self.n_chunks, self.g, self.b), 32, shared(self.chunk), scores, self.lens, self.best, self.t, self.g, self.n_sink, self.top_k,
+        shared = lambda n: ceil(n, 512) * 512 * 8
+        launch(f("best_of_chunks"), (self.n_chunks, self.g, self.b), 128, shared(self.chunk), scores, self.lens, self.best, self.t, self.g, self.n_sink, self.top_k,
                self.chunk)
         before, n_before = None, (self.n_chunks - 1) * self.top_k
         if self.n_groups > 1:
             before, n_before = self.before, self.top_k
-            launch(f("best_of_groups"), (self.n_groups, pairs), 32, shared(self.chunk_group * self.top_k), self.best, self.group_best, self.n_chunks,
+            launch(f("best_of_groups"), (self.n_groups, pairs), 128, shared(self.chunk_group * self.top_k), self.best, self.group_best, self.n_chunks,
                    self.chunk_group, self.top_k)
-            launch(f("best_before"), (self.n_chunks, pairs), 32, shared((self.n_groups + self.chunk_group) * self.top_k), self.best, self.group_best, before,
+            launch(f("best_before"), (self.n_chunks, pairs), 128, shared((self.n_groups + self.chunk_group) * self.top_k), self.best, self.group_best, before,
                    self.chunk_group, self.n_groups, self.top_k)
-        launch(f("route_blocks"), (self.n_blocks, self.g, self.b), 32, shared(n_before + self.chunk), scores, self.lens, self.best, before, self.indices, self.tau,
+        launch(f("route_blocks"), (self.n_blocks, self.g, self.b), 128, shared(n_before + self.chunk), scores, self.lens, self.best, before, self.indices, self.tau,
                self.t, self.g, self.n_blocks, self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk, self.n_chunks)
 
     def attention(self, pass_):
-        wg, ctas, step, ahead = self.tuning[pass_]
-        if self.every * self.group <= 64:
-            wg = 1
-        name = "routed_attention_" + pass_
-        kernel = function("attention", name, HEAD_DIM=self.d, GROUP=self.group, WARPGROUPS=wg, FWD_CTAS=ctas, DQ_CTAS=ctas, KEY_STEP=step, AHEAD=ahead)
-        grid = (self.n_blocks * ceil(self.every * self.group, wg * 64), self.g, self.b)
-        row_tile, key_tile = wg * 64 * self.d * 2, step * self.d * 2
-        shared = row_tile + 4 * key_tile if pass_ == "fwd" else 2 * row_tile + 5 * key_tile + wg * 256
-        return kernel, grid, wg * 128, shared + 8 * self.n_places
+        warpgroups = 1 if self.d == 64 else 2
+        grid = (self.n_blocks * ceil(self.every * self.group, warpgroups * 64), self.g, self.b)
+        row_tile, key_tile = warpgroups * 64 * self.d * 2, 64 * self.d * 2
+        shared = row_tile + 4 * key_tile if pass_ == "fwd" else 2 * row_tile + 5 * key_tile + warpgroups * 256
+        return function("attention", "routed_attention_" + pass_, HEAD_DIM=self.d), grid, warpgroups * 128, shared + 8 * self.n_places
 
     def keys(self, name):
-        return function("keys", name, HEAD_DIM=self.d, GROUP=self.group)
+        return function("keys", name, HEAD_DIM=self.d)
 
     def fwd(self, q, k, v, scores):
         launch(*self.attention("fwd"), q, k, v, scores if self.biased else None, self.indices, self.tau, self.lens, self.o, self.lse, self.t, self.g,
-               self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature)
+               self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature, *self.division)
 
     def bwd_dq(self, dout, q, k, v, scores):
         launch(*self.attention("dq"), dout, q, k, v, self.o, self.lse, scores if self.biased else None, self.indices, self.tau, self.lens, self.dq, self.delta,
-               self.t, self.g, self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature)
+               self.t, self.g, self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature, *self.division)
 
     def bwd_index(self):
         if self.n_places == 0:
@@ -232,14 +227,14 @@ class Routed:
         scores = scores if self.biased else None
         launch(self.keys("dkv_routed"), (tiles, pairs), 128, self.key_shared(), dout, q, k, v, self.lse, self.delta, scores, self.tau, self.lens, self.union_rows,
                self.union_blocks, self.n_union, self.first_entry, self.first_tile, self.sums, self.score_sums, self.t, self.g, self.n_blocks, self.n_places,
-               self.every, self.inverse_temperature, self.span, self.n_super, self.capacity)
+               self.every, self.inverse_temperature, self.span, self.n_super, self.capacity, *self.division)
         launch(self.keys("sum_entries"), (ceil(self.t, 16), self.g, self.b), 256, 0, self.readers, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
                self.dscores, self.t, self.g, self.capacity)
 
     def bwd_local(self, dout, q, k, v):
         routed = self.n_places > 0
         launch(self.keys("dkv_local"), (ceil(self.t, 64), self.g, self.b), 128, self.key_shared(), dout, q, k, v, self.lse, self.delta, self.lens,
-               self.first_reader if routed else None, self.sorted, self.sums, self.dk, self.dv, self.t, self.g, self.window, self.every, self.capacity)
+               self.first_reader if routed else None, self.sorted, self.sums, self.dk, self.dv, self.t, self.g, self.window, self.every, self.capacity, *self.division)
 
     def bwd(self, dout, q, k, v, scores):
         if self.n_places == 0 and self.biased:

@@ -1,4 +1,5 @@
-// Tiles of bf16 rows in shared memory and the matrix products between them; what both attention kernels build on.
+// Tiles of bf16 rows in shared memory and the matrix products between them; what both attention sources build on.
+// Compiled with HEAD_DIM, 64 or 128.
 // Knows nothing about masks, softmax or routing. Needs no header, so that NVRTC compiles it without a toolkit.
 //
 // A tile of R rows and D columns is D/64 panels of R rows of 128 bytes. The eight 16-byte pieces of a row are
@@ -17,6 +18,23 @@
 typedef unsigned short bf16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+
+constexpr int D = HEAD_DIM;
+constexpr float LOG2E = 1.4426950408889634f;
+
+// Query heads that share a KV head, and how to divide by their number: `reciprocal` is 2^32 / n rounded down, plus 1,
+// which is exact while x * n < 2^32.
+struct Group {
+    int n;
+    u32 reciprocal;
+
+    __device__ __forceinline__ int quotient(int x) const { return n == 1 ? x : (int)__umulhi((u32)x, reciprocal); }
+    // Offset in [B, T, H] of row `row` (a query times the group's heads) of KV head `g` of `G` in sequence `b`.
+    __device__ __forceinline__ u32 at(int b, int T, int G, int g, int row) const {
+        const int query = quotient(row);
+        return ((u32)b * T + query) * (G * n) + g * n + (row - query * n);
+    }
+};
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA 1

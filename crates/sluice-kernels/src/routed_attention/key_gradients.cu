@@ -1,6 +1,5 @@
 // Routed attention: the gradients of keys, values and scores, without atomics on floating-point numbers, so that they
-// come out the same every time. Follows attention_tile/tile.cuh. Compiled with HEAD_DIM (64 or 128) and
-// GROUP.
+// come out the same every time. Follows attention_tile/tile.cuh.
 //
 // 64 keys stay in place and all queries that see them pass by, so that their gradients stay in registers. A key has
 // two kinds of viewers. Those in its window are consecutive: `dkv_local` visits them all and writes the result. Those
@@ -16,11 +15,10 @@
 //   readers [P, T], zero before and after; first_reader (-1 for a key without any), next_reader [P, T]; n_listed [P];
 //   entries, sorted [P, capacity]; sums [P, capacity, 2 D]; score_sums [P, capacity].
 
-constexpr int D = HEAD_DIM, KEYS = 64, ROWS = 64, THREADS = 128;
+constexpr int KEYS = 64, ROWS = 64, THREADS = 128;
 constexpr int TILE = 64 * D * 2;
 // Blocks of threads that must fit a multiprocessor: what the registers allow.
 constexpr int ROUTED_CTAS = 2, LOCAL_CTAS = D == 64 ? 3 : 2;
-constexpr float LOG2E = 1.4426950408889634f;
 
 // The routed keys of a superblock, each once and in any order, with a bit for every block that reads it. Grid [n, G, B],
 // 256 threads; dynamic shared memory: `n_slots` (a power of two, at least twice span * n_places) slots of 8 bytes.
@@ -161,17 +159,15 @@ struct Gradients {
 struct Problem {
     const bf16 *dout, *q, *k, *v;
     const float *lse, *delta;
-    int T, G, every, window;
-
-    // Offset in [B, T, H] of a row.
-    __device__ __forceinline__ u32 row_at(int b, int g, int row) const { return ((u32)b * T + row / GROUP) * (G * GROUP) + g * GROUP + row % GROUP; }
+    int T, G;
+    Group group;
 };
 
 __device__ __forceinline__ void copy4(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
-// Visit rows `begin..end` (queries times GROUP) of a sequence and a KV head with the 64 keys in `shared`.
+// Visit rows `begin..end` (queries times the group's heads) of a sequence and a KV head with the 64 keys in `shared`.
 // `describe_row(rows, i, query)` says what a row sees; `bias` adds to the logits and collects the gradients of scores.
 template <class Describe, class Bias>
 __device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, const Problem& x, int b, int g, int begin, int end, Describe describe_row, Bias bias) {
@@ -180,17 +176,17 @@ __device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, c
     auto fetch = [&](int step) {
         const int first = begin + step * ROWS;
         const u32 q_tile = k_tile + 2 * TILE + step % 2 * (2 * TILE), dout_tile = q_tile + TILE;
-        copy_rows<ROWS, D, THREADS>(q_tile, x.q, dout_tile, x.dout, [&](int i) { return x.row_at(b, g, min(first + i, end - 1)); });
+        copy_rows<ROWS, D, THREADS>(q_tile, x.q, dout_tile, x.dout, [&](int i) { return x.group.at(b, x.T, x.G, g, min(first + i, end - 1)); });
         // A row past the end has no weights.
         Rows& info = infos[step % 2];
         const int i = threadIdx.x % ROWS, row = min(first + i, end - 1);
         if (threadIdx.x < ROWS) {
-            const u32 from = x.row_at(b, g, row);
+            const u32 from = x.group.at(b, x.T, x.G, g, row);
             copy4(&info.delta[i], x.delta + from);
             if (first + i < end) copy4(&info.lse[i], x.lse + from);
             else info.lse[i] = infinity();
         } else {
-            describe_row(info, i, row / GROUP);
+            describe_row(info, i, x.group.quotient(row));
         }
     };
     const int steps = end > begin ? (end - begin + ROWS - 1) / ROWS : 0;
@@ -326,11 +322,12 @@ extern "C" __global__ __launch_bounds__(THREADS, ROUTED_CTAS) void dkv_routed(co
                                                                           const float* delta, const float* scores, const float* tau, const int* lens,
                                                                           const int* union_rows, const u32* union_blocks, const int* n_union, const int* first_entry,
                                                                           const int* first_tile, float* sums, float* score_sums, int T, int G, int n_blocks,
-                                                                          int n_places, int every, float inverse_temperature, int span, int n, int capacity) {
+                                                                          int n_places, int every, float inverse_temperature, int span, int n, int capacity, int group,
+                                                                          u32 reciprocal) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const long pair = blockIdx.y;
     const int b = pair / G, g = pair % G;
-    const Problem x = {dout, q, k, v, lse, delta, T, G, every, 0};
+    const Problem x = {dout, q, k, v, lse, delta, T, G, {group, reciprocal}};
     first_tile += pair * (n + 1);
     for (int tile = blockIdx.x; tile < first_tile[n]; tile += gridDim.x) {
         // The last superblock that begins at this tile or before.
@@ -362,7 +359,7 @@ extern "C" __global__ __launch_bounds__(THREADS, ROUTED_CTAS) void dkv_routed(co
 
         Gradients grads = {};
         visit(
-            grads, shared, x, b, g, begin * GROUP, end * GROUP,
+            grads, shared, x, b, g, begin * group, end * group,
             [&](Rows& info, int i, int query) {
                 info.first[i] = query / every - superblock * span;
                 info.last[i] = scores ? __float_as_int(tau[((long)b * n_blocks + query / every) * G + g]) : 0;
@@ -458,10 +455,11 @@ struct LocalBias {
 // when nothing is routed. Grid [ceil(T / 64), G, B], 128 threads.
 extern "C" __global__ __launch_bounds__(THREADS, LOCAL_CTAS) void dkv_local(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* lse,
                                                                          const float* delta, const int* lens, const int* first_reader, const int* sorted,
-                                                                         const float* sums, bf16* dk, bf16* dv, int T, int G, int window, int every, int capacity) {
+                                                                         const float* sums, bf16* dk, bf16* dv, int T, int G, int window, int every, int capacity,
+                                                                         int group, u32 reciprocal) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int g = blockIdx.y, b = blockIdx.z, len = lens[b], first = blockIdx.x * KEYS;
-    const Problem x = {dout, q, k, v, lse, delta, T, G, every, window};
+    const Problem x = {dout, q, k, v, lse, delta, T, G, {group, reciprocal}};
     if (first < len) {
         copy_rows<KEYS, D, THREADS>(shared_address(shared), k, shared_address(shared) + TILE, v,
                                     [&](int i) { return ((u32)b * T + min(first + i, len - 1)) * G + g; });
@@ -474,7 +472,7 @@ extern "C" __global__ __launch_bounds__(THREADS, LOCAL_CTAS) void dkv_local(cons
     const int end = (int)min((long)len, (last_block + 1) * every);
     Gradients grads = {};
     visit(
-        grads, shared, x, b, g, first * GROUP, end * GROUP,
+        grads, shared, x, b, g, first * group, end * group,
         [&](Rows& info, int i, int query) {
             info.first[i] = query / every * every - window + 1;
             info.last[i] = query;

@@ -1,19 +1,19 @@
 // Routed attention by blocks of queries: the forward pass and the gradient of the queries.
-// Follows attention_tile/tile.cuh. Compiled with HEAD_DIM (64 or 128), GROUP (query heads per KV head) and
-// WARPGROUPS (64 rows each); FWD_CTAS and DQ_CTAS bound the registers so that as many blocks of threads fit together.
+// Follows attention_tile/tile.cuh.
 //
-// A row is one query of one head. The `route_every * GROUP` rows of a block of queries and a KV head see one list
+// A row is one query of one head. The `route_every * group` rows of a block of queries and a KV head see one list
 // of keys: the routed ones, gathered, then the local strip, contiguous. Only the strip's end is masked. So a tile of
 // rows walks over the list in steps of KEYS keys, and every gathered key serves all its rows. Copies run a step
 // ahead. In the gradient the first two products do so too, so that the matrix unit works while a warp computes weights
 // (FlashAttention-3, section 3.2); the forward pass has several blocks of threads on a multiprocessor for that.
 // Positions start at 0 and key rows are positions.
 //
-// Grid: x = n_blocks * ceil(route_every * GROUP / ROWS), y = KV heads, z = batch; WARPGROUPS * 128 threads;
-// dynamic shared memory: see `Layout`.
+// Grid: x = n_blocks * ceil(route_every * group / ROWS), y = KV heads, z = batch; THREADS threads; dynamic shared memory:
+// one tile of ROWS and four of KEYS forward, two and five and ROWS floats for dq, and 8 bytes a place for routed keys.
 
-constexpr int D = HEAD_DIM, ROWS = WARPGROUPS * 64, THREADS = WARPGROUPS * 128, KEYS = KEY_STEP;
-constexpr float LOG2E = 1.4426950408889634f;
+// Warpgroups of a tile, and blocks of threads that must fit a multiprocessor: the fastest of those tried on an H100.
+constexpr int WARPGROUPS = D == 64 ? 1 : 2, FWD_CTAS = D == 64 ? 5 : 2, DQ_CTAS = D == 64 ? 3 : 1;
+constexpr int ROWS = WARPGROUPS * 64, THREADS = WARPGROUPS * 128, KEYS = 64;
 
 // Offsets in shared memory, in bytes. The list of routed keys and their biases follow, 4 bytes each.
 struct Layout {
@@ -31,25 +31,26 @@ struct Keys {
 
 // What is the same for all threads of a tile.
 struct Place {
+    Group group;
     int b, g, block;
     int begin;          // First query of the block.
-    int first_row;      // First of the tile's rows among those of the block.
+    int first_row;      // First of the tile's rows, counted from the sequence's first.
     int n_padded;       // Rows of the tile that exist in memory.
     int n_rows;         // Rows of the tile that are valid.
 
-    __device__ int query(int row) const { return begin + (first_row + row) / GROUP; }
-    // Offset in [B, T, H] of a row.
-    __device__ u32 at(int row, int T, int G) const { return ((u32)b * T + query(row)) * (G * GROUP) + g * GROUP + (first_row + row) % GROUP; }
+    __device__ int query(int row) const { return group.quotient(first_row + row); }
+    __device__ u32 at(int row, int T, int G) const { return group.at(b, T, G, g, first_row + row); }
 };
 
-__device__ __forceinline__ Place place(const int* lens, int T, int n_blocks, int every) {
+__device__ __forceinline__ Place place(const int* lens, int T, int n_blocks, int every, Group group) {
     Place p;
-    const int tiles = (every * GROUP + ROWS - 1) / ROWS;
+    const int tiles = (every * group.n + ROWS - 1) / ROWS, tile = blockIdx.x % tiles * ROWS;
+    p.group = group;
     p.block = blockIdx.x / tiles, p.g = blockIdx.y, p.b = blockIdx.z;
     p.begin = p.block * every;
-    p.first_row = blockIdx.x % tiles * ROWS;
-    p.n_padded = min(ROWS, min(every, T - p.begin) * GROUP - p.first_row);
-    p.n_rows = min(ROWS, min(every, lens[p.b] - p.begin) * GROUP - p.first_row);
+    p.first_row = p.begin * group.n + tile;
+    p.n_padded = min(ROWS, min(every, T - p.begin) * group.n - tile);
+    p.n_rows = min(ROWS, min(every, lens[p.b] - p.begin) * group.n - tile);
     return p;
 }
 
@@ -124,9 +125,9 @@ __device__ __forceinline__ int last_slot(const Place& p, const Keys& keys, int r
 // o [B, T, H, D] and lse [B, T, H] (natural logarithm). `scores` [B, T, G] is null without a gate bias.
 extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention_fwd(
     const bf16* q, const bf16* k, const bf16* v, const float* scores, const int* indices, const float* tau, const int* lens, bf16* o, float* lse, int T, int G,
-    int n_blocks, int n_places, int window, int every, float inverse_temperature) {
+    int n_blocks, int n_places, int window, int every, float inverse_temperature, int group, u32 reciprocal) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const Place p = place(lens, T, n_blocks, every);
+    const Place p = place(lens, T, n_blocks, every, {group, reciprocal});
     if (p.n_padded <= 0) return;
     if (p.n_rows <= 0) {
         for (int i = threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) *(uint4*)(o + (u64)p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
@@ -140,16 +141,13 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
     copy_rows<ROWS, D, THREADS>(q_tile, q, [&](int i) { return p.at(min(i, p.n_rows - 1), T, G); });
     const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
     const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = warpgroup() * 64;
-    const auto k_tile = [&](int step) { return kv + step % 2 * Layout::key_tile; };
-    const auto v_tile = [&](int step) { return kv + (2 + step % 2) * Layout::key_tile; };
-    const auto copy_keys = [&](u32 tile, const bf16* x, int step) {
-        copy_rows<KEYS, D, THREADS>(tile, x, [&](int i) { return key_row(keys, p, step * KEYS + i, T, G); });
+    const auto k_tile = [&](int step) { return kv + step % 2 * (2 * Layout::key_tile); };
+    const auto v_tile = [&](int step) { return k_tile(step) + Layout::key_tile; };
+    const auto fetch = [&](int step) {
+        copy_rows<KEYS, D, THREADS>(k_tile(step), k, v_tile(step), v, [&](int i) { return key_row(keys, p, step * KEYS + i, T, G); });
+        copies_commit();
     };
-    copy_keys(k_tile(0), k, 0);
-    copies_commit();
-    copy_keys(k_tile(1), k, 1);
-    copy_keys(v_tile(0), v, 0);
-    copies_commit();
+    fetch(0);
 
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
     const int limit0 = last_slot(p, keys, row), limit1 = last_slot(p, keys, row + 8);
@@ -182,13 +180,16 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
             sum1 += s[j][2] + s[j][3];
         }
     };
-    u32 weights[KEYS / 16][4];
-    const auto logits = [&](int step) {
+    for (int step = 0; step < steps; step++) {
+        copies_wait<0>();
+        __syncthreads();
+        fetch(step + 1);
         products_begin();
         product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
         products_commit();
-    };
-    const auto weigh = [&] {
+        products_wait<0>();
+        softmax(step);
+        u32 weights[KEYS / 16][4];
         to_fragments<KEYS>(weights, s);
         // Maxima settle after a few steps.
         if (__any_sync(0xffffffffu, shrink0 != 1.0f || shrink1 != 1.0f)) {
@@ -198,52 +199,11 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
                 out[j][2] *= shrink1, out[j][3] *= shrink1;
             }
         }
-    };
-#if AHEAD
-    copies_wait<1>();
-    __syncthreads();
-    logits(0);
-    products_wait<0>();
-    softmax(0);
-    for (int step = 1; step < steps; step++) {
-        products_wait<0>();
-        copies_wait<0>();
-        __syncthreads();
-        weigh();
-        copy_keys(k_tile(step + 1), k, step + 1);
-        copy_keys(v_tile(step), v, step);
-        copies_commit();
-        logits(step);
-        product_with_tile<KEYS, D>(out, weights, v_tile(step - 1));
-        products_commit();
-        products_wait<1>();
-        softmax(step);
-    }
-    products_wait<0>();
-    copies_wait<0>();
-    __syncthreads();
-    weigh();
-    products_begin();
-    product_with_tile<KEYS, D>(out, weights, v_tile(steps - 1));
-    products_commit();
-    products_wait<0>();
-#else
-    for (int step = 0; step < steps; step++) {
-        copies_wait<0>();
-        __syncthreads();
-        if (step > 0) copy_keys(k_tile(step + 1), k, step + 1);
-        copy_keys(v_tile(step + 1), v, step + 1);
-        copies_commit();
-        logits(step);
-        products_wait<0>();
-        softmax(step);
-        weigh();
         products_begin();
         product_with_tile<KEYS, D>(out, weights, v_tile(step));
         products_commit();
         products_wait<0>();
     }
-#endif
     sum0 = quad_sum(sum0), sum1 = quad_sum(sum1);
     __syncthreads();
     accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, 1.0f / sum0, 1.0f / sum1);
@@ -262,9 +222,9 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
 // dq [B, T, H, D], and delta [B, T, H] = sum of dout * o, which the gradients of keys and values need too.
 extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_dq(
     const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const bf16* o, const float* lse, const float* scores, const int* indices, const float* tau,
-    const int* lens, bf16* dq, float* delta, int T, int G, int n_blocks, int n_places, int window, int every, float inverse_temperature) {
+    const int* lens, bf16* dq, float* delta, int T, int G, int n_blocks, int n_places, int window, int every, float inverse_temperature, int group, u32 reciprocal) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const Place p = place(lens, T, n_blocks, every);
+    const Place p = place(lens, T, n_blocks, every, {group, reciprocal});
     if (p.n_padded <= 0) return;
     if (p.n_rows <= 0) {
         for (int i = threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) *(uint4*)(dq + (u64)p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
