@@ -228,3 +228,10 @@ extern "C" __global__ __launch_bounds__(THREADS) void route_blocks(const float* 
     for (int i = n + threadIdx.x; i < n_places; i += THREADS) indices[at * n_places + i] = -1;
     if (threadIdx.x == 0) tau[at] = worst ? score_of(worst) : __int_as_float(0xff800000);
 }
+
+// The scores with +inf where the row's position is a sink.
+extern "C" __global__ void mark_sinks(const float* scores, const u32* positions, float* marked, u64 n, u32 T, u32 G, u32 n_sink) {
+    for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
+        marked[i] = positions[i / G % T] < n_sink ? __int_as_float(0x7f800000) : scores[i];
+    }
+}
