@@ -344,13 +344,20 @@ def main():
                     rows.append(time_shape(shape, t, rates, peer=t in args.tokens))
                     show(rows[-1])
                 attempt(one)
-                if args.out:
-                    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+                write(report, args.out)
+    write(report, args.out)
     if args.check:
         print(f"{failed} of {len(report['cases'])} cases failed")
     sys.exit(failed > 0)
+
+
+def write(report, path):
+    """JSON with a line for every case and every row."""
+    if path:
+        lists = {name: value for name, value in report.items() if name in ("cases", "rows")}
+        parts = [f' "{name}": {json.dumps(value)}' for name, value in report.items() if name not in lists]
+        parts += [f' "{name}": [\n' + ",\n".join("  " + json.dumps(x) for x in value) + "\n ]" for name, value in lists.items()]
+        path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def attempt(f):
