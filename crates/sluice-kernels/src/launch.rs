@@ -22,6 +22,22 @@ pub(crate) unsafe fn run(gpu: &Gpu, source: &KernelSource, name: &str, grid: [u3
     or_raise(gpu.function(source, name).and_then(|f| unsafe { gpu.launch(f, grid, [THREADS, 1, 1], 0, args) }));
 }
 
+/// Queue a kernel with blocks of any size and `shared` bytes of dynamic shared memory. Panics when a block of this GPU has less.
+///
+/// # Safety
+/// As for [`run`].
+#[track_caller]
+pub(crate) unsafe fn launch(gpu: &Gpu, source: &KernelSource, name: &str, grid: [usize; 3], threads: u32, shared: u32, args: &[Arg]) {
+    let most = gpu.info().shared_memory_per_block;
+    assert!(shared <= most, "{name} wants {shared} bytes of shared memory, a block of {gpu:?} has {most}");
+    let function = or_raise(gpu.function(source, name));
+    if shared > 48 << 10 {
+        or_raise(gpu.allow_shared_memory(function, shared));
+    }
+    // SAFETY: the caller's promise.
+    or_raise(unsafe { gpu.launch(function, grid.map(|x| x as u32), [threads, 1, 1], shared, args) });
+}
+
 /// A grid whose threads stride over `n` elements.
 pub(crate) fn over_elements(n: usize) -> [u32; 3] {
     [n.div_ceil(THREADS as usize).min(1 << 16) as u32, 1, 1]

@@ -31,7 +31,16 @@ fn collect(folder: &Path, sources: &mut Vec<KernelSource>) {
             let leak = |text: String| -> &'static str { Box::leak(text.into_boxed_str()) };
             let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
             let code = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-            sources.push(KernelSource { name: leak(name), code: leak(code) });
+            if code.contains("Follows attention_tile/tile.cuh") {
+                let tile = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/attention_tile/tile.cuh");
+                let tile = std::fs::read_to_string(&tile).unwrap_or_else(|e| panic!("{}: {e}", tile.display()));
+                for head_dim in [64, 128] {
+                    let whole = format!("#define HEAD_DIM {head_dim}\n{tile}\n{code}");
+                    sources.push(KernelSource { name: leak(format!("{name}_{head_dim}")), code: leak(whole) });
+                }
+            } else {
+                sources.push(KernelSource { name: leak(name), code: leak(code) });
+            }
         }
     }
 }

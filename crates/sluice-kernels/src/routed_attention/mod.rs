@@ -11,8 +11,14 @@
 //! Shapes: `q, o [B, T, H, D]`, `k, v [B, S, G, D]`, `lse [B, T, H]`, gate scores `[B, S, G]`; head `h` reads
 //! KV head `h / (H / G)`. A padding row (`t >= lens[b]`) and a row without keys have `o = 0`, `lse = -inf` and
 //! no gradient. Rows of `k` and `v` that no valid query sees are never read. Time and memory are linear in `T`.
+//!
+//! On a GPU: causal, from position 0, heads of 64 or 128, factors of products rounded to bf16; tensors in f32 or bf16, results
+//! in the format of `q`. A [`Routing`] in main memory is copied there first; the `_on_gpu` functions take one that is there.
 
+pub(crate) mod cases;
 mod cpu;
+mod cuda;
+pub(crate) mod gpu_routing;
 pub mod naive;
 mod routing;
 #[cfg(test)]
@@ -21,6 +27,7 @@ mod tiles;
 
 use sluice_tensor::Tensor;
 
+pub use gpu_routing::GpuRouting;
 pub use routing::{Routing, Visibility};
 
 /// Gate scores that bias the logits of routed keys, the path by which a hard top-k is trained.
@@ -64,6 +71,9 @@ pub struct RoutedGrads {
 #[track_caller]
 pub fn fwd(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<GateBias<'_>>, routing: &Routing) -> (Tensor, Tensor) {
     let dims = check("routed_attention::fwd", q, k, v, bias, routing);
+    if let Some(gpu) = q.gpu() {
+        return cuda::fwd(gpu, &dims, [q, k, v], bias, &GpuRouting::upload(gpu, routing));
+    }
     cpu::fwd(&dims, q, k, v, bias, routing)
 }
 
@@ -81,7 +91,56 @@ pub fn bwd(
 ) -> RoutedGrads {
     let dims = check("routed_attention::bwd", q, k, v, bias, routing);
     check_results("routed_attention::bwd", q, dout, o, lse);
+    if let Some(gpu) = q.gpu() {
+        return cuda::bwd(gpu, &dims, [dout, q, k, v, o, lse], bias, &GpuRouting::upload(gpu, routing));
+    }
     cpu::bwd(&dims, dout, q, k, v, o, lse, bias, routing)
+}
+
+/// [`fwd`] with a routing that is on the GPU of the tensors.
+#[track_caller]
+pub fn fwd_on_gpu(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<GateBias<'_>>, routing: &GpuRouting) -> (Tensor, Tensor) {
+    let dims = check_on_gpu("routed_attention::fwd_on_gpu", q, k, v, bias, routing);
+    cuda::fwd(routing.indices.gpu(), &dims, [q, k, v], bias, routing)
+}
+
+/// [`bwd`] with a routing that is on the GPU of the tensors.
+#[track_caller]
+pub fn bwd_on_gpu(
+    dout: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    bias: Option<GateBias<'_>>,
+    routing: &GpuRouting,
+) -> RoutedGrads {
+    let dims = check_on_gpu("routed_attention::bwd_on_gpu", q, k, v, bias, routing);
+    check_results("routed_attention::bwd_on_gpu", q, dout, o, lse);
+    cuda::bwd(routing.indices.gpu(), &dims, [dout, q, k, v, o, lse], bias, routing)
+}
+
+/// Shapes alone: what a router on the GPU chose is not read back.
+#[track_caller]
+fn check_on_gpu(op: &str, q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<GateBias<'_>>, routing: &GpuRouting) -> Dims {
+    let dims = Dims::of(op, q, k, v, &routing.lens);
+    let Dims { b, t, s, g, .. } = dims;
+    assert!(
+        routing.batch == b && routing.n_kv_heads == g && routing.n_blocks == t.div_ceil(routing.route_every),
+        "{op}: routing of batch {}, {} KV heads and {} blocks of {} for q {:?} and k {:?}",
+        routing.batch,
+        routing.n_kv_heads,
+        routing.n_blocks,
+        routing.route_every,
+        q.shape(),
+        k.shape()
+    );
+    if let Some(bias) = bias {
+        assert_eq!(bias.scores.shape(), [b, s, g], "{op}: gate scores for k {:?}", k.shape());
+        assert!(bias.temperature > 0.0, "{op}: gate temperature {}; without a bias pass None", bias.temperature);
+    }
+    dims
 }
 
 /// The `dscores` of [`bwd`] alone, at two fifths of its products: for training gates while everything else is frozen.
@@ -98,6 +157,10 @@ pub fn bwd_scores(
 ) -> Tensor {
     let dims = check("routed_attention::bwd_scores", q, k, v, Some(bias), routing);
     check_results("routed_attention::bwd_scores", q, dout, o, lse);
+    if let Some(gpu) = q.gpu() {
+        let grads = cuda::bwd(gpu, &dims, [dout, q, k, v, o, lse], Some(bias), &GpuRouting::upload(gpu, routing));
+        return grads.dscores.expect("there is a bias");
+    }
     cpu::bwd_scores(&dims, dout, q, k, v, o, lse, bias, routing)
 }
 

@@ -8,11 +8,12 @@
 //!
 //! `tau_b` is the k-th best score of `C_b`, or -inf while `C_b` has fewer than `k` members.
 
+pub(crate) mod cases;
+mod cuda;
+mod naive;
 mod select;
 mod stream;
 
-#[cfg(test)]
-mod naive;
 #[cfg(test)]
 mod tests;
 
@@ -22,7 +23,7 @@ pub use stream::{ChunkRouting, RouterState};
 use rayon::prelude::*;
 use sluice_tensor::Tensor;
 
-use crate::routed_attention::{Routing, Visibility};
+use crate::routed_attention::{GpuRouting, Routing, Visibility};
 
 /// How much the router may keep, and how often it decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,9 +62,13 @@ impl Budget {
 
 /// Causal routing of whole sequences: `scores [B, T, G]`, of which the first `lens[b]` rows are real.
 ///
-/// `n_routed` is `top_k`, or less when no block has that many candidates.
+/// `n_routed` is `top_k`, or less when no block has that many candidates. Scores on a GPU are routed there and the result
+/// is read back; [`route_on_gpu`] leaves it there.
 #[track_caller]
 pub fn route(scores: &Tensor, lens: &[usize], budget: &Budget) -> Routing {
+    if scores.gpu().is_some() {
+        return route_on_gpu(scores, lens, budget).download();
+    }
     let [batch, t, g] = scores.dims();
     check_lens("route", batch, t, lens);
     let mut routing = empty(batch, t, g, lens, budget);
@@ -91,12 +96,25 @@ pub fn route(scores: &Tensor, lens: &[usize], budget: &Budget) -> Routing {
     routing
 }
 
+/// [`route`] for scores on a GPU, without waiting for it.
+#[track_caller]
+pub fn route_on_gpu(scores: &Tensor, lens: &[usize], budget: &Budget) -> GpuRouting {
+    let [batch, t, _] = scores.dims();
+    check_lens("route_on_gpu", batch, t, lens);
+    budget.check();
+    let gpu = scores.gpu().expect("route_on_gpu: the scores are in main memory");
+    cuda::route(gpu, scores, lens, budget)
+}
+
 /// The scores with +inf in the first `n_sink` positions: what the kernel's gate bias wants, since a sink has none.
 /// `positions[t]` is the position of row `t` of `scores [B, T, G]`.
 #[track_caller]
 pub fn mark_sinks(scores: &Tensor, positions: &[u32], n_sink: usize) -> Tensor {
     let [_, t, g] = scores.dims();
     assert_eq!(t, positions.len(), "mark_sinks: scores {:?} with {} positions", scores.shape(), positions.len());
+    if let Some(gpu) = scores.gpu() {
+        return cuda::mark_sinks(gpu, scores, positions, n_sink);
+    }
     let mut marked = scores.clone();
     if t > 0 && positions.iter().any(|&p| (p as usize) < n_sink) {
         for (i, row) in marked.f32_mut().chunks_exact_mut(g).enumerate() {

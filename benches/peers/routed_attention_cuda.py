@@ -1,0 +1,246 @@
+"""The GPU kernels of routing and routed attention, compiled with NVRTC from the sources that Sluice embeds and launched on PyTorch
+tensors. Only for comparisons with PyTorch (`attention_gpu.py`)."""
+
+import ctypes
+import glob
+import math
+import os
+import pathlib
+
+import torch
+
+KERNELS = pathlib.Path(__file__).resolve().parents[2] / "crates/sluice-kernels/src"
+TILE = KERNELS / "attention_tile/tile.cuh"
+SOURCES = {
+    "routing": [KERNELS / "top_k_routing/top_k_routing.cu"],
+    "attention": [TILE, KERNELS / "routed_attention/routed_attention.cu"],
+    "keys": [TILE, KERNELS / "routed_attention/key_gradients.cu"],
+}
+ARCH = "sm_90a"  # Or compute_80, for the path of older cards.
+LOADED = {}
+
+
+def nvrtc():
+    import nvidia
+
+    for root in nvidia.__path__:
+        for path in sorted(glob.glob(os.path.join(root, "*/lib/libnvrtc.so.*"))):
+            if ".alt." not in path:
+                return ctypes.CDLL(path)
+    return ctypes.CDLL("libnvrtc.so.13")
+
+
+def driver():
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def check(code, what):
+    if code != 0:
+        raise RuntimeError(f"{what}: CUDA error {code}")
+
+
+def compile_source(source, arch, defines):
+    """Machine code for `sm_..`; for `compute_..` PTX, which the driver compiles for the card: the path of older cards on a newer one."""
+    lib = nvrtc()
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    check(lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None), "nvrtcCreateProgram")
+    options = [option.encode() for option in [f"-arch={arch}", "--std=c++17"] + [f"-D{name}={value}" for name, value in defines.items()]]
+    code = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    if code != 0:
+        lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        lib.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(log.value.decode())
+    get_size, get = (lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN) if arch.startswith("sm_") else (lib.nvrtcGetPTXSize, lib.nvrtcGetPTX)
+    check(get_size(program, ctypes.byref(size)), "size of the code")
+    code = ctypes.create_string_buffer(size.value)
+    check(get(program, code), "code")
+    return code.raw
+
+
+def function(kind, name, **defines):
+    """The kernel `name` of a source compiled with `defines`."""
+    key = (kind, ARCH, tuple(sorted(defines.items())))
+    if key not in LOADED:
+        code = compile_source("\n".join(path.read_text() for path in SOURCES[kind]), ARCH, defines)
+        module = ctypes.c_void_p()
+        check(driver().cuModuleLoadData(ctypes.byref(module), code), f"cuModuleLoadData of {kind} {defines}")
+        LOADED[key] = (module, {})
+    module, functions = LOADED[key]
+    if name not in functions:
+        found = ctypes.c_void_p()
+        check(driver().cuModuleGetFunction(ctypes.byref(found), module, name.encode()), f"cuModuleGetFunction {name}")
+        check(driver().cuFuncSetAttribute(found, 8, 227 * 1024 - static_shared(found)), "dynamic shared memory")
+        functions[name] = found
+    return functions[name]
+
+
+def static_shared(found):
+    bytes_ = ctypes.c_int()
+    check(driver().cuFuncGetAttribute(ctypes.byref(bytes_), 1, found), "cuFuncGetAttribute")
+    return bytes_.value
+
+
+def launch(kernel, grid, threads, shared, *arguments):
+    """Tensors and None become pointers, int an i32, float an f32."""
+    if 0 in grid:
+        return
+    values = []
+    for argument in arguments:
+        if argument is None:
+            values.append(ctypes.c_void_p(0))
+        elif isinstance(argument, torch.Tensor):
+            assert argument.is_contiguous()
+            values.append(ctypes.c_void_p(argument.data_ptr()))
+        elif isinstance(argument, float):
+            values.append(ctypes.c_float(argument))
+        else:
+            values.append(ctypes.c_uint(argument & 0xFFFFFFFF))
+    pointers = (ctypes.c_void_p * len(values))(*[ctypes.cast(ctypes.pointer(v), ctypes.c_void_p) for v in values])
+    grid = list(grid) + [1] * (3 - len(grid))
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    check(driver().cuLaunchKernel(kernel, *grid, threads, 1, 1, shared, stream, pointers, None), f"launch {grid} x {threads}, {shared} bytes")
+
+
+def ceil(a, b):
+    return -(-a // b)
+
+
+class Routed:
+    """Buffers and launches for one shape; `poison` fills every output with NaN or nonsense first."""
+
+    def __init__(self, lens, t, heads, kv_heads, d, window, top_k, every, n_sink=4, temperature=None, span=None):
+        dev = "cuda"
+        self.b, self.t, self.h, self.g, self.d = len(lens), t, heads, kv_heads, d
+        self.window, self.top_k, self.every, self.n_sink = window, top_k, every, n_sink
+        self.lens = torch.tensor(lens, dtype=torch.int32, device=dev)
+        self.inverse_temperature = 1.0 / temperature if temperature else 1.0
+        self.biased, self.wanted_span = temperature is not None, span
+        self.n_blocks = ceil(t, every)
+        self.n_candidates = max(0, (self.n_blocks - 1) * every + 1 - window)
+        self.n_places = min(top_k, self.n_candidates)
+        self.group = heads // kv_heads
+        self.division = (self.group, 2**32 // self.group + 1 if self.group > 1 else 0)
+        b, g = self.b, self.g
+        f32 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.float32, device=dev)
+        i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
+        bf16 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.bfloat16, device=dev)
+        # Chunks and groups that fit shared memory; a single group needs two launches fewer, but more candidates a block.
+        self.chunk = max(1024 if self.n_candidates > 4096 else 4096, top_k)
+        while True:
+            self.n_chunks = max(1, ceil(self.n_candidates, self.chunk))
+            self.chunk_group = self.n_chunks if (self.n_chunks - 1) * top_k <= 2048 else math.isqrt(self.n_chunks)
+            self.n_groups = ceil(self.n_chunks, self.chunk_group)
+            if (self.n_groups + self.chunk_group) * top_k <= 27_000 or self.n_chunks == 1:
+                break
+            self.chunk *= 2
+        lists = lambda n: torch.empty((b, g, n, top_k), dtype=torch.int64, device=dev)
+        self.best, self.group_best, self.before = lists(self.n_chunks), lists(self.n_groups), lists(self.n_chunks)
+        self.indices, self.tau = i32(b, self.n_blocks, g, self.n_places), f32(b, self.n_blocks, g)
+        self.o, self.lse = bf16(b, t, heads, d), f32(b, t, heads)
+
+    def prepare_bwd(self):
+        """Buffers of the backward pass."""
+        dev = "cuda"
+        f32 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.float32, device=dev)
+        i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
+        bf16 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.bfloat16, device=dev)
+        b, t, g, pairs = self.b, self.t, self.g, self.b * self.g
+        span = self.wanted_span
+        if span is None:
+            # Long superblocks leave fewer partial sums, short ones more to do side by side; the table of keys must fit.
+            span = 32
+            while span > 1 and (span * self.n_places > 4096 and span > 8 or span * self.n_places > 8192 or ceil(self.n_blocks, span) * pairs < (48 if span * self.every <= 512 else 200)):
+                span //= 2
+        self.span, self.n_super = span, ceil(self.n_blocks, span)
+        self.capacity = max(1, min(self.n_blocks * self.n_places, t + self.n_super * self.n_places))
+        per = span * self.n_places
+        self.union_rows, self.union_blocks = i32(pairs, self.n_super, per), i32(pairs, self.n_super, per)
+        self.n_union = i32(pairs, self.n_super)
+        self.first_entry, self.first_tile = i32(pairs, self.n_super + 1), i32(pairs, self.n_super + 1)
+        self.readers = torch.zeros((pairs, t), dtype=torch.int32, device=dev)
+        self.first_reader, self.next_reader, self.n_listed = i32(pairs, t), i32(pairs, t), i32(pairs)
+        self.entries, self.sorted = i32(pairs, self.capacity), i32(pairs, self.capacity)
+        self.sums, self.score_sums = f32(pairs, self.capacity, 2 * self.d), f32(pairs, self.capacity)
+        self.dq, self.delta = bf16(b, t, self.h, self.d), f32(b, t, self.h)
+        self.dk, self.dv = bf16(b, t, g, self.d), bf16(b, t, g, self.d)
+        self.dscores = f32(b, t, g) if self.biased else None
+
+    def route(self, scores):
+        if self.n_places == 0:
+            self.tau.fill_(-float("inf"))
+            return
+        f, pairs = lambda name: function("routing", name), self.b * self.g
+        shared = lambda n: ceil(n, 1024) * 1024 * 8
+        if self.n_chunks > 1:
+            launch(f("best_of_chunks"), (self.n_chunks, self.g, self.b), 256, shared(self.chunk), scores, self.lens, self.best, self.t, self.g, self.n_sink, self.top_k,
+                   self.chunk)
+        before, n_before = None, (self.n_chunks - 1) * self.top_k
+        if self.n_groups > 1:
+            before, n_before = self.before, self.top_k
+            launch(f("best_of_groups"), (self.n_groups, pairs), 256, shared(self.chunk_group * self.top_k), self.best, self.group_best, self.n_chunks,
+                   self.chunk_group, self.top_k)
+            launch(f("best_before"), (self.n_chunks, pairs), 256, shared((self.n_groups + self.chunk_group) * self.top_k), self.best, self.group_best, before,
+                   self.chunk_group, self.n_groups, self.top_k)
+        launch(f("route_blocks"), (self.n_blocks, self.g, self.b), 256, shared(n_before + self.chunk), scores, self.lens, self.best, before, self.indices, self.tau,
+               self.t, self.g, self.n_blocks, self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk, self.n_chunks)
+
+    def attention(self, pass_):
+        warpgroups = 1 if self.d == 64 else 2
+        grid = (self.n_blocks * ceil(self.every * self.group, warpgroups * 64), self.g, self.b)
+        row_tile, key_tile = warpgroups * 64 * self.d * 2, 64 * self.d * 2
+        shared = row_tile + 4 * key_tile if pass_ == "fwd" else 2 * row_tile + 5 * key_tile + warpgroups * 256
+        return function("attention", "routed_attention_" + pass_, HEAD_DIM=self.d), grid, warpgroups * 128, shared + 8 * self.n_places
+
+    def keys(self, name):
+        return function("keys", name, HEAD_DIM=self.d)
+
+    def fwd(self, q, k, v, scores):
+        launch(*self.attention("fwd"), q, k, v, scores if self.biased else None, self.indices, self.tau, self.lens, self.o, self.lse, self.t, self.g,
+               self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature, *self.division)
+
+    def bwd_dq(self, dout, q, k, v, scores):
+        launch(*self.attention("dq"), dout, q, k, v, self.o, self.lse, scores if self.biased else None, self.indices, self.tau, self.lens, self.dq, self.delta,
+               self.t, self.g, self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature, *self.division)
+
+    def bwd_index(self):
+        if self.n_places == 0:
+            return
+        grid, pairs = (self.n_super, self.g, self.b), self.b * self.g
+        slots = 256
+        while slots < 2 * self.span * self.n_places:
+            slots *= 2
+        launch(self.keys("superblock_keys"), grid, 256, slots * 8, self.indices, self.lens, self.union_rows, self.union_blocks, self.n_union, self.readers,
+               self.n_listed, self.t, self.g, self.n_blocks, self.n_places, self.every, self.span, slots)
+        launch(self.keys("place_entries"), (ceil(self.t, 4096), pairs), 1024, 0, self.n_union, self.readers, self.first_entry, self.first_tile,
+               self.first_reader, self.next_reader, self.n_listed, self.t, self.n_super, self.capacity)
+        launch(self.keys("list_entries"), grid, 256, 0, self.union_rows, self.n_union, self.first_entry, self.next_reader, self.entries, self.t, self.g,
+               self.n_places, self.span, self.capacity)
+
+    def key_shared(self):
+        return 6 * 64 * self.d * 2 + 2 * 4 * 64 * 4
+
+    def bwd_routed(self, dout, q, k, v, scores):
+        if self.n_places == 0:
+            return
+        pairs = self.b * self.g
+        tiles = min(ceil(self.capacity, 64) + self.n_super, max(1, ceil(132 * 4, pairs)))
+        scores = scores if self.biased else None
+        launch(self.keys("dkv_routed"), (tiles, pairs), 128, self.key_shared(), dout, q, k, v, self.lse, self.delta, scores, self.tau, self.lens, self.union_rows,
+               self.union_blocks, self.n_union, self.first_entry, self.first_tile, self.sums, self.score_sums, self.t, self.g, self.n_blocks, self.n_places,
+               self.every, self.inverse_temperature, self.span, self.n_super, self.capacity, *self.division)
+        launch(self.keys("sum_entries"), (ceil(self.t, 16), self.g, self.b), 256, 0, self.readers, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
+               self.dscores, self.t, self.g, self.capacity)
+
+    def bwd_local(self, dout, q, k, v):
+        routed = self.n_places > 0
+        launch(self.keys("dkv_local"), (ceil(self.t, 64), self.g, self.b), 128, self.key_shared(), dout, q, k, v, self.lse, self.delta, self.lens,
+               self.first_reader if routed else None, self.sorted, self.sums, self.dk, self.dv, self.t, self.g, self.window, self.every, self.capacity, *self.division)
+
+    def bwd(self, dout, q, k, v, scores):
+        if self.n_places == 0 and self.biased:
+            self.dscores.zero_()
+        self.bwd_dq(dout, q, k, v, scores)
+        self.bwd_index()
+        self.bwd_routed(dout, q, k, v, scores)
+        self.bwd_local(dout, q, k, v)

@@ -1,0 +1,296 @@
+//! Launches of `routed_attention.cu` and `key_gradients.cu`. Factors of products are bf16, sums and softmax f32.
+
+use std::sync::Arc;
+
+use sluice_tensor::cuda::{Arg, Buffer, Gpu, KernelSource, Precision, or_raise};
+use sluice_tensor::{DType, Tensor};
+
+use super::gpu_routing::GpuRouting;
+use super::{Dims, GateBias, RoutedGrads};
+use crate::launch::{launch, optional, output};
+
+macro_rules! source {
+    ($name:literal, $file:literal, $head_dim:literal) => {
+        KernelSource {
+            name: concat!($name, "_", $head_dim),
+            code: concat!("#define HEAD_DIM ", $head_dim, "\n", include_str!("../attention_tile/tile.cuh"), "\n", include_str!($file)),
+        }
+    };
+}
+
+/// What depends on the width of a head.
+struct Width {
+    attention: KernelSource,
+    keys: KernelSource,
+    /// Rows of a tile forward and for dq.
+    rows: usize,
+    head_dim: usize,
+}
+
+const WIDTH_64: Width = Width {
+    attention: source!("routed_attention", "routed_attention.cu", 64),
+    keys: source!("key_gradients", "key_gradients.cu", 64),
+    rows: 64,
+    head_dim: 64,
+};
+
+const WIDTH_128: Width = Width {
+    attention: source!("routed_attention", "routed_attention.cu", 128),
+    keys: source!("key_gradients", "key_gradients.cu", 128),
+    rows: 128,
+    head_dim: 128,
+};
+
+impl Width {
+    #[track_caller]
+    fn of(dims: &Dims) -> &'static Self {
+        match dims.d {
+            64 => &WIDTH_64,
+            128 => &WIDTH_128,
+            d => panic!("routed attention on the GPU serves heads of 64 and 128, found {d}"),
+        }
+    }
+
+    /// Threads of a block, forward and for dq: a warpgroup has 64 rows.
+    fn threads(&self) -> u32 {
+        2 * self.rows as u32
+    }
+
+    /// Bytes of so many rows in shared memory.
+    fn tile(&self, rows: usize) -> usize {
+        rows * self.head_dim * 2
+    }
+}
+
+/// Keys of a step, and of a tile in `key_gradients.cu`.
+const KEYS: usize = 64;
+
+/// One call: sizes, routing, bias and what all kernels want to know of them.
+struct Call<'a> {
+    gpu: &'a Arc<Gpu>,
+    width: &'static Width,
+    dims: &'a Dims,
+    routing: &'a GpuRouting,
+    scores: Option<&'a Tensor>,
+    inverse_temperature: f32,
+}
+
+impl<'a> Call<'a> {
+    #[track_caller]
+    fn new(gpu: &'a Arc<Gpu>, dims: &'a Dims, bias: Option<GateBias<'a>>, routing: &'a GpuRouting, dtype: DType) -> Self {
+        assert!(
+            gpu.precision() == Precision::Bf16 || dtype == DType::Bf16,
+            "routed attention on the GPU rounds its factors to bf16, which precision {} does not allow",
+            gpu.precision().name()
+        );
+        assert_eq!(dims.t, dims.s, "routed attention on the GPU: {} queries and {} keys", dims.t, dims.s);
+        // Rows are numbered in 32 bits, and divided by the group with a reciprocal that is exact up to here.
+        let group = dims.group();
+        assert!(
+            dims.b * dims.t * dims.h < 1 << 32 && dims.t * group * group < 1 << 31,
+            "routed attention on the GPU: {dims:?} is too large"
+        );
+        Self {
+            gpu,
+            width: Width::of(dims),
+            dims,
+            routing,
+            scores: bias.map(|bias| bias.scores),
+            inverse_temperature: bias.map_or(1.0, |bias| 1.0 / bias.temperature),
+        }
+    }
+
+    /// Query heads of a KV head, and the reciprocal by which the kernels divide.
+    fn division(&self) -> [Arg; 2] {
+        let group = self.dims.group() as u64;
+        [Arg::I32(group as i32), Arg::U32(if group > 1 { ((1u64 << 32) / group + 1) as u32 } else { 0 })]
+    }
+
+    fn int(x: usize) -> Arg {
+        Arg::I32(x as i32)
+    }
+
+    fn bf16(&self, shape: &[usize]) -> Tensor {
+        Tensor::empty_on(self.gpu, shape, DType::Bf16)
+    }
+
+    fn ints(&self, n: usize) -> Buffer {
+        or_raise(self.gpu.alloc(n * 4))
+    }
+
+    /// A kernel with tiles of rows.
+    fn by_rows(&self, name: &str, row_tiles: usize, key_tiles: usize, args: &[Arg]) {
+        let (width, r) = (self.width, self.routing);
+        let Dims { b, g, .. } = *self.dims;
+        let grid = [r.n_blocks * (r.route_every * self.dims.group()).div_ceil(width.rows), g, b];
+        let sums = if row_tiles > 1 { width.rows * 4 } else { 0 };
+        let shared = row_tiles * width.tile(width.rows) + key_tiles * width.tile(KEYS) + sums + 8 * r.n_routed;
+        let int = Self::int;
+        let sizes = [self.dims.t, g, r.n_blocks, r.n_routed, r.window, r.route_every].map(int);
+        let args: Vec<Arg> = args.iter().copied().chain(sizes).chain([self.inverse_temperature.into()]).chain(self.division()).collect();
+        // SAFETY: shapes were checked by the caller; the routing's rows are positions below its lengths.
+        unsafe { launch(self.gpu, &width.attention, name, grid, width.threads(), shared as u32, &args) };
+    }
+
+    fn keys(&self, name: &str, grid: [usize; 3], threads: u32, shared: usize, args: &[Arg]) {
+        // SAFETY: as above; buffers were made for these sizes.
+        unsafe { launch(self.gpu, &self.width.keys, name, grid, threads, shared as u32, args) };
+    }
+
+    /// Shared memory of a kernel with 64 keys in place: two tiles of keys, two times two of rows, and what is known of those.
+    fn key_shared(&self) -> usize {
+        6 * self.width.tile(KEYS) + 2 * 4 * 64 * 4
+    }
+}
+
+/// `(o [B, T, H, D], lse [B, T, H])`; `o` in the format of `q`.
+#[track_caller]
+pub(super) fn fwd(
+    gpu: &Arc<Gpu>,
+    dims: &Dims,
+    [q, k, v]: [&Tensor; 3],
+    bias: Option<GateBias<'_>>,
+    routing: &GpuRouting,
+) -> (Tensor, Tensor) {
+    let call = Call::new(gpu, dims, bias, routing, q.dtype());
+    let (mut o, mut lse) = (call.bf16(q.shape()), output(gpu, &q.shape()[..3]));
+    let [q16, k16, v16] = [q, k, v].map(|x| x.to_dtype(DType::Bf16));
+    let args = [
+        (&q16).into(),
+        (&k16).into(),
+        (&v16).into(),
+        optional(call.scores),
+        (&routing.indices).into(),
+        (&routing.tau).into(),
+        (&routing.lens_there).into(),
+        (&mut o).into(),
+        (&mut lse).into(),
+    ];
+    call.by_rows("routed_attention_fwd", 1, 4, &args);
+    (o.to_dtype(q.dtype()), lse)
+}
+
+/// All gradients, those of tensors in the format of `q`. `inputs` are dout, q, k, v, o and lse.
+#[track_caller]
+pub(super) fn bwd(gpu: &Arc<Gpu>, dims: &Dims, inputs: [&Tensor; 6], bias: Option<GateBias<'_>>, routing: &GpuRouting) -> RoutedGrads {
+    let dtype = inputs[1].dtype();
+    let call = Call::new(gpu, dims, bias, routing, dtype);
+    let [dout, q, k, v, o] = [0, 1, 2, 3, 4].map(|i| inputs[i].to_dtype(DType::Bf16));
+    let lse = inputs[5];
+    let (mut dq, mut delta) = (call.bf16(q.shape()), output(gpu, lse.shape()));
+    let args = [
+        (&dout).into(),
+        (&q).into(),
+        (&k).into(),
+        (&v).into(),
+        (&o).into(),
+        lse.into(),
+        optional(call.scores),
+        (&routing.indices).into(),
+        (&routing.tau).into(),
+        (&routing.lens_there).into(),
+        (&mut dq).into(),
+        (&mut delta).into(),
+    ];
+    call.by_rows("routed_attention_dq", 2, 5, &args);
+    let rows: [Arg; 6] = [(&dout).into(), (&q).into(), (&k).into(), (&v).into(), lse.into(), (&delta).into()];
+    let entries = (routing.n_routed > 0).then(|| routed(&call, &rows));
+    let dscores = bias.map(|_| match &entries {
+        Some(entries) => entries.dscores.clone().expect("there is a bias"),
+        None => Tensor::zeros_on(&q.device(), [dims.b, dims.s, dims.g]),
+    });
+    let (mut dk, mut dv) = (call.bf16(k.shape()), call.bf16(v.shape()));
+    let address = |buffer: Option<&Buffer>| buffer.map_or(Arg::U64(0), Arg::from);
+    let int = Call::int;
+    let args: Vec<Arg> = rows
+        .into_iter()
+        .chain([
+            (&routing.lens_there).into(),
+            address(entries.as_ref().map(|e| &e.first_reader)),
+            address(entries.as_ref().map(|e| &e.sorted)),
+            address(entries.as_ref().map(|e| &e.sums)),
+            (&mut dk).into(),
+            (&mut dv).into(),
+        ])
+        .chain([dims.t, dims.g, routing.window, routing.route_every, entries.as_ref().map_or(0, |e| e.capacity)].map(int))
+        .chain(call.division())
+        .collect();
+    call.keys("dkv_local", [dims.t.div_ceil(KEYS), dims.g, dims.b], 128, call.key_shared(), &args);
+    RoutedGrads { dq: dq.to_dtype(dtype), dk: dk.to_dtype(dtype), dv: dv.to_dtype(dtype), dscores }
+}
+
+/// What the readers of routed keys contributed, added up: the sums of a key are in the first of its entries.
+struct Entries {
+    first_reader: Buffer,
+    sorted: Buffer,
+    sums: Buffer,
+    capacity: usize,
+    dscores: Option<Tensor>,
+}
+
+/// `rows` are the addresses of dout, q, k, v, lse and delta.
+fn routed(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
+    let Dims { b, t, g, d, .. } = *call.dims;
+    let GpuRouting { n_blocks, n_routed, route_every, .. } = *call.routing;
+    let (pairs, int) = (b * g, Call::int);
+    let span = span(n_blocks, n_routed, route_every, pairs);
+    let n = n_blocks.div_ceil(span);
+    // A key that never returns enters once at most, beside those that are there when a superblock begins.
+    let at_most = if call.routing.never_returns { t + n * n_routed } else { usize::MAX };
+    let capacity = at_most.min(n_blocks * n_routed);
+    let slots = (2 * span * n_routed).next_power_of_two().max(256);
+
+    let [union_rows, union_blocks] = [0; 2].map(|_| call.ints(pairs * n * span * n_routed));
+    let [n_union, n_listed] = [pairs * n, pairs].map(|n| call.ints(n));
+    let [first_entry, first_tile] = [0; 2].map(|_| call.ints(pairs * (n + 1)));
+    let [readers, first_reader, next_reader] = [0; 3].map(|_| call.ints(pairs * t));
+    let [entries, sorted, score_sums] = [0; 3].map(|_| call.ints(pairs * capacity));
+    let sums = call.ints(pairs * capacity * 2 * d);
+    or_raise(call.gpu.fill_bytes(&readers, 0));
+
+    let (grid, lens) = ([n, g, b], Arg::from(&call.routing.lens_there));
+    let mut args: Vec<Arg> = vec![(&call.routing.indices).into(), lens];
+    args.extend([&union_rows, &union_blocks, &n_union, &readers, &n_listed].map(Arg::from));
+    args.extend([t, g, n_blocks, n_routed, route_every, span, slots].map(int));
+    call.keys("superblock_keys", grid, 256, slots * 8, &args);
+
+    let mut args: Vec<Arg> = [&n_union, &readers, &first_entry, &first_tile, &first_reader, &next_reader, &n_listed].map(Arg::from).into();
+    args.extend([t, n, capacity].map(int));
+    call.keys("place_entries", [t.div_ceil(4096), pairs, 1], 1024, 0, &args);
+
+    let mut args: Vec<Arg> = [&union_rows, &n_union, &first_entry, &next_reader, &entries].map(Arg::from).into();
+    args.extend([t, g, n_routed, span, capacity].map(int));
+    call.keys("list_entries", grid, 256, 0, &args);
+
+    let mut args: Vec<Arg> = rows.to_vec();
+    args.extend([optional(call.scores), (&call.routing.tau).into(), lens]);
+    args.extend([&union_rows, &union_blocks, &n_union, &first_entry, &first_tile, &sums, &score_sums].map(Arg::from));
+    args.extend([t, g, n_blocks, n_routed, route_every].map(int));
+    args.push(call.inverse_temperature.into());
+    args.extend([span, n, capacity].map(int));
+    args.extend(call.division());
+    let blocks = (4 * call.gpu.info().multiprocessors as usize).div_ceil(pairs).min(capacity.div_ceil(KEYS) + n);
+    call.keys("dkv_routed", [blocks, pairs, 1], 128, call.key_shared(), &args);
+
+    let mut dscores = call.scores.map(|scores| output(call.gpu, scores.shape()));
+    let mut args: Vec<Arg> = [&readers, &first_reader, &entries, &sorted, &sums, &score_sums].map(Arg::from).into();
+    args.push(dscores.as_mut().map_or(Arg::U64(0), Arg::from));
+    args.extend([t, g, capacity].map(int));
+    call.keys("sum_entries", [t.div_ceil(16), g, b], 256, 0, &args);
+    Entries { first_reader, sorted, sums, capacity, dscores }
+}
+
+/// Blocks of a superblock: long ones leave fewer partial sums, short ones more to do side by side; a bit a block, and the
+/// table of its keys must fit shared memory.
+fn span(n_blocks: usize, n_routed: usize, route_every: usize, pairs: usize) -> usize {
+    let mut span = 32;
+    while span > 1 {
+        let table = if span > 8 { 4096 } else { 8192 };
+        let enough = if span * route_every <= 512 { 48 } else { 200 };
+        if span * n_routed <= table && n_blocks.div_ceil(span) * pairs >= enough {
+            break;
+        }
+        span /= 2;
+    }
+    span
+}

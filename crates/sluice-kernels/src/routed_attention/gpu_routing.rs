@@ -1,0 +1,76 @@
+//! A routing whose choices are on a GPU: what the kernels there read, and what the router there writes.
+
+use std::sync::Arc;
+
+use sluice_tensor::cuda::{Buffer, Gpu, or_raise};
+
+use super::{Routing, Visibility};
+
+/// A causal [`Routing`] from position 0, whose key rows are positions, in GPU memory.
+pub struct GpuRouting {
+    pub(crate) batch: usize,
+    pub(crate) n_blocks: usize,
+    pub(crate) n_kv_heads: usize,
+    pub(crate) n_routed: usize,
+    pub(crate) window: usize,
+    pub(crate) route_every: usize,
+    pub(crate) lens: Vec<usize>,
+    /// A top-k router chose: what leaves a set never comes back.
+    pub(crate) never_returns: bool,
+    /// `[B, n_blocks, G, N]` i32.
+    pub(crate) indices: Buffer,
+    /// `[B, n_blocks, G]` f32.
+    pub(crate) tau: Buffer,
+    /// `[B]` i32.
+    pub(crate) lens_there: Buffer,
+}
+
+impl GpuRouting {
+    /// Queue a copy of a routing to a GPU. Panics when the kernels there do not serve it.
+    #[track_caller]
+    pub fn upload(gpu: &Arc<Gpu>, routing: &Routing) -> Self {
+        assert!(
+            routing.visibility == Visibility::Causal && routing.start == 0 && routing.key_offset == 0,
+            "routed attention on the GPU is causal and begins at position 0; found {:?} from {} with key offset {}",
+            routing.visibility,
+            routing.start,
+            routing.key_offset
+        );
+        Self {
+            batch: routing.batch,
+            n_blocks: routing.n_blocks,
+            n_kv_heads: routing.n_kv_heads,
+            n_routed: routing.n_routed,
+            window: routing.window,
+            route_every: routing.route_every,
+            lens: routing.lens.clone(),
+            never_returns: false,
+            indices: or_raise(gpu.upload_slice(&routing.indices)),
+            tau: or_raise(gpu.upload_slice(&routing.tau)),
+            lens_there: upload_lens(gpu, &routing.lens),
+        }
+    }
+
+    /// Read it back; waits for the GPU.
+    pub fn download(&self) -> Routing {
+        let gpu = self.indices.gpu();
+        Routing {
+            batch: self.batch,
+            n_blocks: self.n_blocks,
+            n_kv_heads: self.n_kv_heads,
+            n_routed: self.n_routed,
+            indices: or_raise(gpu.download_slice(&self.indices)),
+            tau: or_raise(gpu.download_slice(&self.tau)),
+            window: self.window,
+            route_every: self.route_every,
+            start: 0,
+            key_offset: 0,
+            lens: self.lens.clone(),
+            visibility: Visibility::Causal,
+        }
+    }
+}
+
+pub(crate) fn upload_lens(gpu: &Arc<Gpu>, lens: &[usize]) -> Buffer {
+    or_raise(gpu.upload_slice(&lens.iter().map(|&n| n as i32).collect::<Vec<_>>()))
+}

@@ -1,0 +1,513 @@
+// Routed attention: the gradients of keys, values and scores, without atomics on floating-point numbers, so that they
+// come out the same every time. Follows attention_tile/tile.cuh.
+//
+// 64 keys stay in place and all queries that see them pass by, so that their gradients stay in registers. A key has
+// two kinds of viewers. Those in its window are consecutive: `dkv_local` visits them all and writes the result. Those
+// that read it as a routed key are anywhere: they are visited in superblocks of `span` blocks, whose union of routed
+// keys is hardly longer than one block's list because a routing changes slowly. Every superblock leaves one partial
+// sum a key (an entry), which `sum_entries` adds up in order before `dkv_local` adds the rest.
+//
+//   superblock_keys -> place_entries -> list_entries -> dkv_routed -> sum_entries -> dkv_local
+//
+// Buffers, for P = B * G pairs, n = ceil(n_blocks / span) superblocks, `capacity` entries a pair (for what a
+// top-k router chose, T + n * n_places always suffice, otherwise n_blocks * n_places):
+//   union_rows, union_blocks [P, n, span * n_places]; n_union [P, n]; first_entry, first_tile [P, n + 1];
+//   readers [P, T], zero before and after; first_reader (-1 for a key without any), next_reader [P, T]; n_listed [P];
+//   entries, sorted [P, capacity]; sums [P, capacity, 2 D]; score_sums [P, capacity].
+
+constexpr int KEYS = 64, ROWS = 64, THREADS = 128;
+constexpr int TILE = 64 * D * 2;
+// Blocks of threads that must fit a multiprocessor: what the registers allow.
+constexpr int ROUTED_CTAS = 2, LOCAL_CTAS = D == 64 ? 3 : 2;
+
+// The routed keys of a superblock, each once and in any order, with a bit for every block that reads it. Grid [n, G, B],
+// 256 threads; dynamic shared memory: `n_slots` (a power of two, at least twice span * n_places) slots of 8 bytes.
+extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* indices, const int* lens, int* union_rows, u32* union_blocks, int* n_union, int* readers,
+                                                                  int* n_listed, int T, int G, int n_blocks, int n_places, int every, int span, int n_slots) {
+    // A hash table. What depends on the order of its slots is only where a key is computed, never what.
+    extern __shared__ int slot_row[];
+    u32* slot_blocks = (u32*)(slot_row + n_slots);
+    __shared__ int n;
+    const int superblock = blockIdx.x, g = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32;
+    const long pair = (long)b * G + g, at = (pair * gridDim.x + superblock) * span * n_places;
+    for (int i = threadIdx.x; i < n_slots; i += 256) slot_row[i] = -1, slot_blocks[i] = 0;
+    if (threadIdx.x == 0) n = 0;
+    __syncthreads();
+    const int first = superblock * span, n_valid = min(min(span, n_blocks - first), (lens[b] + every - 1) / every - first);
+    const int* lists = indices + (((long)b * n_blocks + first) * G + g) * n_places;
+    for (int block = 0; block < n_valid; block++) {
+        for (int i = threadIdx.x; i < n_places; i += 256) {
+            const int row = lists[(long)block * G * n_places + i];
+            if (row < 0) continue;
+            u32 slot = (u32)row * 2654435761u & (n_slots - 1);
+            for (;;) {
+                const int found = atomicCAS(slot_row + slot, -1, row);
+                if (found == -1 || found == row) break;
+                slot = (slot + 1) & (n_slots - 1);
+            }
+            atomicOr(slot_blocks + slot, 1u << block);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_slots; i += 256) {
+        const int row = slot_row[i];
+        const u32 vote = __ballot_sync(0xffffffffu, row >= 0);
+        int to = 0;
+        if (lane == 0 && vote) to = atomicAdd(&n, __popc(vote));
+        to = __shfl_sync(0xffffffffu, to, 0) + __popc(vote & ((1u << lane) - 1));
+        if (row >= 0) {
+            union_rows[at + to] = row;
+            union_blocks[at + to] = slot_blocks[i];
+            atomicAdd(readers + pair * T + row, 1);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        n_union[pair * gridDim.x + superblock] = n;
+        if (superblock == 0) n_listed[pair] = 0;
+    }
+}
+
+// Sum of what the threads before this one hold, and of all, for 1024 threads.
+__device__ __forceinline__ int sum_before(int mine, int* of_warp, int& total) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const auto scan = [&](int x) {
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const int other = __shfl_up_sync(0xffffffffu, x, d);
+            if (lane >= d) x += other;
+        }
+        return x;
+    };
+    const int sum = scan(mine);
+    __syncthreads();
+    if (lane == 31) of_warp[warp] = sum;
+    __syncthreads();
+    const int warps = scan(of_warp[lane]);
+    total = __shfl_sync(0xffffffffu, warps, 31);
+    const int before = __shfl_sync(0xffffffffu, warps, warp == 0 ? 0 : warp - 1);
+    return sum - mine + (warp == 0 ? 0 : before);
+}
+
+// Where the entries of a superblock, its tiles of 64 keys, and the readers of a key begin. The order of the lists of
+// readers is left to chance, since nothing depends on it. Grid [ceil(T / 4096), P], 1024 threads.
+extern "C" __global__ __launch_bounds__(1024) void place_entries(const int* n_union, const int* readers, int* first_entry, int* first_tile, int* first_reader,
+                                                                 int* next_reader, int* n_listed, int T, int n, int capacity) {
+    __shared__ int of_warp[32], begin;
+    const long pair = blockIdx.y;
+    int count[4], mine = 0, total;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int key = blockIdx.x * 4096 + e * 1024 + threadIdx.x;
+        count[e] = key < T ? readers[pair * T + key] : 0;
+        mine += count[e];
+    }
+    int to = sum_before(mine, of_warp, total);
+    if (threadIdx.x == 0) begin = atomicAdd(n_listed + pair, total);
+    __syncthreads();
+    to += begin;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int key = blockIdx.x * 4096 + e * 1024 + threadIdx.x;
+        if (key < T) {
+            first_reader[pair * T + key] = count[e] ? to : -1;
+            next_reader[pair * T + key] = to;
+        }
+        to += count[e];
+    }
+    if (blockIdx.x == 0) {
+        n_union += pair * n, first_entry += pair * (n + 1), first_tile += pair * (n + 1);
+        int entries = 0, tiles = 0;
+        for (int i = threadIdx.x; i - (int)threadIdx.x < n; i += 1024) {
+            const int size = i < n ? n_union[i] : 0, size_in_tiles = (size + KEYS - 1) / KEYS;
+            const int entry = entries + sum_before(size, of_warp, total);
+            entries += total;
+            const int tile = tiles + sum_before(size_in_tiles, of_warp, total);
+            tiles += total;
+            if (i < n) first_entry[i] = entry, first_tile[i] = tile;
+        }
+        if (threadIdx.x == 0) first_entry[n] = entries, first_tile[n] = tiles;
+        if (entries > capacity) __trap();
+    }
+}
+
+// The entries of every key, in no order. Grid [n, G, B], 256 threads.
+extern "C" __global__ __launch_bounds__(256) void list_entries(const int* union_rows, const int* n_union, const int* first_entry, int* next_reader, int* entries,
+                                                               int T, int G, int n_places, int span, int capacity) {
+    const long pair = (long)blockIdx.z * G + blockIdx.y, at = pair * gridDim.x + blockIdx.x;
+    const int first = first_entry[pair * (gridDim.x + 1) + blockIdx.x];
+    for (int i = threadIdx.x; i < n_union[at]; i += 256) {
+        const int row = union_rows[at * span * n_places + i];
+        const int to = atomicAdd(next_reader + pair * T + row, 1);
+        entries[pair * capacity + to] = first + i;
+    }
+}
+
+// What a step needs to know of 64 rows.
+struct Rows {
+    float lse[ROWS], delta[ROWS];
+    // Local: first and last position that the row sees. Routed: the row's block in the superblock, and its tau.
+    int first[ROWS];
+    int last[ROWS];
+};
+
+struct Gradients {
+    float dk[D / 8][4], dv[D / 8][4];
+    float dscore0, dscore1;
+};
+
+struct Problem {
+    const bf16 *dout, *q, *k, *v;
+    const float *lse, *delta;
+    int T, G;
+    Group group;
+};
+
+__device__ __forceinline__ void copy4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+// Visit rows `begin..end` (queries times the group's heads) of a sequence and a KV head with the 64 keys in `shared`.
+// `describe_row(rows, i, query)` says what a row sees; `bias` adds to the logits and collects the gradients of scores.
+template <class Describe, class Bias>
+__device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, const Problem& x, int b, int g, int begin, int end, Describe describe_row, Bias bias) {
+    const u32 k_tile = shared_address(shared), v_tile = k_tile + TILE;
+    Rows* infos = (Rows*)(shared + 6 * TILE);
+    auto fetch = [&](int step) {
+        const int first = begin + step * ROWS;
+        const u32 q_tile = k_tile + 2 * TILE + step % 2 * (2 * TILE), dout_tile = q_tile + TILE;
+        copy_rows<ROWS, D, THREADS>(q_tile, x.q, dout_tile, x.dout, [&](int i) { return x.group.at(b, x.T, x.G, g, min(first + i, end - 1)); });
+        // A row past the end has no weights.
+        Rows& info = infos[step % 2];
+        const int i = threadIdx.x % ROWS, row = min(first + i, end - 1);
+        if (threadIdx.x < ROWS) {
+            const u32 from = x.group.at(b, x.T, x.G, g, row);
+            copy4(&info.delta[i], x.delta + from);
+            if (first + i < end) copy4(&info.lse[i], x.lse + from);
+            else info.lse[i] = infinity();
+        } else {
+            describe_row(info, i, x.group.quotient(row));
+        }
+    };
+    const int steps = end > begin ? (end - begin + ROWS - 1) / ROWS : 0;
+    if (steps > 0) fetch(0);
+    copies_commit();
+    const float scale = LOG2E * rsqrtf((float)D);
+    const int column = threadIdx.x % 4 * 2;
+    for (int step = 0; step < steps; step++) {
+        const u32 q_tile = k_tile + 2 * TILE + step % 2 * (2 * TILE), dout_tile = q_tile + TILE;
+        const Rows& info = infos[step % 2];
+        copies_wait<0>();
+        __syncthreads();
+        if (step + 1 < steps) fetch(step + 1);
+        copies_commit();
+        float s[ROWS / 8][4], ds[ROWS / 8][4];
+        products_begin();
+        product_of_tiles<D, KEYS, ROWS>(s, k_tile, 0, q_tile);
+        products_commit();
+        product_of_tiles<D, KEYS, ROWS>(ds, v_tile, 0, dout_tile);
+        products_commit();
+        products_wait<1>();
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++) {
+            const float2 lse = *(const float2*)&info.lse[8 * j + column];
+            s[j][0] = s[j][0] * scale - lse.x * LOG2E;
+            s[j][1] = s[j][1] * scale - lse.y * LOG2E;
+            s[j][2] = s[j][2] * scale - lse.x * LOG2E;
+            s[j][3] = s[j][3] * scale - lse.y * LOG2E;
+        }
+        bias.add(s, info);
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[j][e] = exp2_fast(s[j][e]);
+        }
+        u32 weights[ROWS / 16][4];
+        to_fragments<ROWS>(weights, s);
+        products_begin();
+        product_with_tile<ROWS, D>(grads.dv, weights, dout_tile);
+        products_commit();
+        products_wait<1>();
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++) {
+            const float2 delta = *(const float2*)&info.delta[8 * j + column];
+            s[j][0] *= ds[j][0] - delta.x;
+            s[j][1] *= ds[j][1] - delta.y;
+            s[j][2] *= ds[j][2] - delta.x;
+            s[j][3] *= ds[j][3] - delta.y;
+        }
+        bias.score_gradient(s, info, grads.dscore0, grads.dscore1);
+        u32 factors[ROWS / 16][4];
+        to_fragments<ROWS>(factors, s);
+        products_begin();
+        product_with_tile<ROWS, D>(grads.dk, factors, q_tile);
+        products_commit();
+        products_wait<0>();
+    }
+}
+
+// The gate's bias of a key for a row, in units of log2, and its derivative by the key's score.
+__device__ __forceinline__ float gate_bias(float score, float tau, float inverse_temperature) {
+    const float x = (score - tau) * inverse_temperature;
+    return score == infinity() || tau == -infinity() ? 0.0f : (fminf(x, 0.0f) - log1pf(expf(-fabsf(x)))) * LOG2E;
+}
+
+__device__ __forceinline__ float gate_slope(float score, float tau, float inverse_temperature) {
+    const float x = (score - tau) * inverse_temperature;
+    return score == infinity() || tau == -infinity() ? 0.0f : inverse_temperature / (1.0f + expf(x));
+}
+
+// How a thread's two keys, routed ones, appear to the rows of a step.
+struct RoutedBias {
+    bool biased;
+    float score0, score1, inverse_temperature;
+    u32 blocks0, blocks1, all_blocks;
+
+    __device__ __forceinline__ static bool one_block(const Rows& info) { return info.first[0] == info.first[ROWS - 1]; }
+
+    __device__ __forceinline__ void add(float (&s)[ROWS / 8][4], const Rows& info) const {
+        const int column = threadIdx.x % 4 * 2;
+        if (one_block(info)) {
+            const float tau = __int_as_float(info.last[0]);
+            float add0 = biased ? gate_bias(score0, tau, inverse_temperature) : 0.0f, add1 = biased ? gate_bias(score1, tau, inverse_temperature) : 0.0f;
+            if (!(blocks0 >> info.first[0] & 1)) add0 = -infinity();
+            if (!(blocks1 >> info.first[0] & 1)) add1 = -infinity();
+            if (!biased && __all_sync(0xffffffffu, add0 == 0.0f && add1 == 0.0f)) return;
+#pragma unroll
+            for (int j = 0; j < ROWS / 8; j++) s[j][0] += add0, s[j][1] += add0, s[j][2] += add1, s[j][3] += add1;
+            return;
+        }
+        if (!biased && __all_sync(0xffffffffu, blocks0 == all_blocks && blocks1 == all_blocks)) return;
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int block = info.first[8 * j + column + e];
+                const float tau = __int_as_float(info.last[8 * j + column + e]);
+                if (biased) {
+                    s[j][e] += gate_bias(score0, tau, inverse_temperature);
+                    s[j][2 + e] += gate_bias(score1, tau, inverse_temperature);
+                }
+                if (!(blocks0 >> block & 1)) s[j][e] = -infinity();
+                if (!(blocks1 >> block & 1)) s[j][2 + e] = -infinity();
+            }
+        }
+    }
+
+    __device__ __forceinline__ void score_gradient(const float (&ds)[ROWS / 8][4], const Rows& info, float& dscore0, float& dscore1) const {
+        if (!biased) return;
+        const int column = threadIdx.x % 4 * 2;
+        if (one_block(info)) {
+            float sum0 = 0.0f, sum1 = 0.0f;
+#pragma unroll
+            for (int j = 0; j < ROWS / 8; j++) sum0 += ds[j][0] + ds[j][1], sum1 += ds[j][2] + ds[j][3];
+            dscore0 += sum0 * gate_slope(score0, __int_as_float(info.last[0]), inverse_temperature);
+            dscore1 += sum1 * gate_slope(score1, __int_as_float(info.last[0]), inverse_temperature);
+            return;
+        }
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const float tau = __int_as_float(info.last[8 * j + column + e]);
+                dscore0 += ds[j][e] * gate_slope(score0, tau, inverse_temperature);
+                dscore1 += ds[j][2 + e] * gate_slope(score1, tau, inverse_temperature);
+            }
+        }
+    }
+};
+
+// Partial sums of the routed keys of all superblocks. Grid [any, P], 128 threads.
+extern "C" __global__ __launch_bounds__(THREADS, ROUTED_CTAS) void dkv_routed(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                                                          const float* delta, const float* scores, const float* tau, const int* lens,
+                                                                          const int* union_rows, const u32* union_blocks, const int* n_union, const int* first_entry,
+                                                                          const int* first_tile, float* sums, float* score_sums, int T, int G, int n_blocks,
+                                                                          int n_places, int every, float inverse_temperature, int span, int n, int capacity, int group,
+                                                                          u32 reciprocal) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const long pair = blockIdx.y;
+    const int b = pair / G, g = pair % G;
+    const Problem x = {dout, q, k, v, lse, delta, T, G, {group, reciprocal}};
+    first_tile += pair * (n + 1);
+    for (int tile = blockIdx.x; tile < first_tile[n]; tile += gridDim.x) {
+        // The last superblock that begins at this tile or before.
+        int superblock = 0, high = n;
+        while (high - superblock > 1) {
+            const int middle = (superblock + high) / 2;
+            if (first_tile[middle] <= tile) superblock = middle;
+            else high = middle;
+        }
+        const int first = (tile - first_tile[superblock]) * KEYS;
+        const long list = (pair * n + superblock) * span * n_places + first;
+        const int n_keys = min(KEYS, n_union[pair * n + superblock] - first);
+        const int begin = superblock * span * every, end = min(begin + span * every, lens[b]);
+        __syncthreads();
+        // Places without a key hold the last one again; nobody stores what becomes of them.
+        copy_rows<KEYS, D, THREADS>(shared_address(shared), k, shared_address(shared) + TILE, v,
+                                    [&](int i) { return ((u32)b * T + union_rows[list + min(i, n_keys - 1)]) * G + g; });
+
+        const int key0 = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, key1 = key0 + 8;
+        RoutedBias bias;
+        bias.biased = scores != nullptr;
+        bias.inverse_temperature = inverse_temperature;
+        const int n_here = (end - begin + every - 1) / every;
+        bias.all_blocks = n_here >= 32 ? 0xffffffffu : (1u << n_here) - 1;
+        bias.blocks0 = key0 < n_keys ? union_blocks[list + key0] : bias.all_blocks;
+        bias.blocks1 = key1 < n_keys ? union_blocks[list + key1] : bias.all_blocks;
+        bias.score0 = bias.biased && key0 < n_keys ? scores[((long)b * T + union_rows[list + key0]) * G + g] : infinity();
+        bias.score1 = bias.biased && key1 < n_keys ? scores[((long)b * T + union_rows[list + key1]) * G + g] : infinity();
+
+        Gradients grads = {};
+        visit(
+            grads, shared, x, b, g, begin * group, end * group,
+            [&](Rows& info, int i, int query) {
+                info.first[i] = query / every - superblock * span;
+                info.last[i] = scores ? __float_as_int(tau[((long)b * n_blocks + query / every) * G + g]) : 0;
+            },
+            bias);
+        const long entry = pair * capacity + first_entry[pair * (n + 1) + superblock] + first;
+        const int column = threadIdx.x % 4 * 2;
+        const float scale = rsqrtf((float)D);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int key = half ? key1 : key0;
+            if (key < n_keys) {
+                float* to = sums + (entry + key) * (2 * D) + column;
+#pragma unroll
+                for (int j = 0; j < D / 8; j++) {
+                    *(float2*)(to + 8 * j) = make_float2(grads.dk[j][2 * half] * scale, grads.dk[j][2 * half + 1] * scale);
+                    *(float2*)(to + D + 8 * j) = make_float2(grads.dv[j][2 * half], grads.dv[j][2 * half + 1]);
+                }
+            }
+        }
+        const float dscore0 = quad_sum(grads.dscore0), dscore1 = quad_sum(grads.dscore1);
+        if (threadIdx.x % 4 == 0) {
+            if (key0 < n_keys) score_sums[entry + key0] = dscore0;
+            if (key1 < n_keys) score_sums[entry + key1] = dscore1;
+        }
+    }
+}
+
+// Add up the entries of every key in ascending order, into the first one, whose number goes to the front of the key's
+// list; dscores [B, T, G] (or null). Grid [ceil(T / 16), G, B], 256 threads; the first keys, which have the longest lists,
+// go to different warps.
+extern "C" __global__ __launch_bounds__(256) void sum_entries(int* readers, const int* first_reader, const int* entries, int* sorted, float* sums, const float* score_sums,
+                                                              float* dscores, int T, int G, int capacity) {
+    const int lane = threadIdx.x % 32, g = blockIdx.y, b = blockIdx.z, first_key = blockIdx.x * 16 + threadIdx.x / 32;
+    const long pair = (long)b * G + g;
+    entries += pair * capacity, sorted += pair * capacity, sums += pair * capacity * (2 * D), score_sums += pair * capacity;
+    const int key_of_lane = first_key + lane * 8;
+    const bool is_key = lane < 2 && key_of_lane < T;
+    const int n_of_lane = is_key ? readers[pair * T + key_of_lane] : 0, first_of_lane = is_key ? first_reader[pair * T + key_of_lane] : 0;
+    if (n_of_lane > 0) readers[pair * T + key_of_lane] = 0;
+    else if (is_key && dscores) dscores[((long)b * T + key_of_lane) * G + g] = 0.0f;
+    for (u32 left = __ballot_sync(0xffffffffu, n_of_lane > 0); left; left &= left - 1) {
+        const int from = __ffs(left) - 1, n = __shfl_sync(0xffffffffu, n_of_lane, from), first = __shfl_sync(0xffffffffu, first_of_lane, from);
+        for (int i = lane; i < n; i += 32) {
+            const int mine = entries[first + i];
+            int rank = 0;
+            for (int j = 0; j < n; j++) rank += entries[first + j] < mine;
+            sorted[first + rank] = mine;
+        }
+        __syncwarp();
+        constexpr int PIECES = 2 * D / 128;
+        float4 sum[PIECES] = {};
+        float score_sum = 0.0f;
+#pragma unroll 8
+        for (int i = 0; i < n; i++) {
+            const long entry = sorted[first + i];
+#pragma unroll
+            for (int e = 0; e < PIECES; e++) {
+                const float4 x = *(const float4*)(sums + entry * (2 * D) + (e * 32 + lane) * 4);
+                sum[e].x += x.x, sum[e].y += x.y, sum[e].z += x.z, sum[e].w += x.w;
+            }
+            if (dscores) score_sum += score_sums[entry];
+        }
+        const long entry = sorted[first];
+#pragma unroll
+        for (int e = 0; e < PIECES; e++) *(float4*)(sums + entry * (2 * D) + (e * 32 + lane) * 4) = sum[e];
+        if (dscores && lane == 0) dscores[((long)b * T + first_key + from * 8) * G + g] = score_sum;
+    }
+}
+
+// How a thread's two keys, positions, appear to the rows of a step.
+struct LocalBias {
+    int key0, key1, first_key, last_key;
+
+    __device__ __forceinline__ void add(float (&s)[ROWS / 8][4], const Rows& info) const {
+        // Both ends of what a row sees only grow from row to row.
+        if (info.first[ROWS - 1] <= first_key && last_key <= info.last[0]) return;
+        const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int j = 0; j < ROWS / 8; j++) {
+            const int2 first = *(const int2*)&info.first[8 * j + column], last = *(const int2*)&info.last[8 * j + column];
+            if (key0 < first.x || key0 > last.x) s[j][0] = -infinity();
+            if (key0 < first.y || key0 > last.y) s[j][1] = -infinity();
+            if (key1 < first.x || key1 > last.x) s[j][2] = -infinity();
+            if (key1 < first.y || key1 > last.y) s[j][3] = -infinity();
+        }
+    }
+
+    __device__ __forceinline__ void score_gradient(const float (&)[ROWS / 8][4], const Rows&, float&, float&) const {}
+};
+
+// dk, dv [B, T, G, D]: what the window's queries contribute, and the sums of the routed ones. `first_reader` is null
+// when nothing is routed. Grid [ceil(T / 64), G, B], 128 threads.
+extern "C" __global__ __launch_bounds__(THREADS, LOCAL_CTAS) void dkv_local(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* lse,
+                                                                         const float* delta, const int* lens, const int* first_reader, const int* sorted,
+                                                                         const float* sums, bf16* dk, bf16* dv, int T, int G, int window, int every, int capacity,
+                                                                         int group, u32 reciprocal) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const int g = blockIdx.y, b = blockIdx.z, len = lens[b], first = blockIdx.x * KEYS;
+    const Problem x = {dout, q, k, v, lse, delta, T, G, {group, reciprocal}};
+    if (first < len) {
+        copy_rows<KEYS, D, THREADS>(shared_address(shared), k, shared_address(shared) + TILE, v,
+                                    [&](int i) { return ((u32)b * T + min(first + i, len - 1)) * G + g; });
+    }
+
+    const int row0 = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    const LocalBias bias = {first + row0, first + row0 + 8, first, first + KEYS - 1};
+    // The last block whose strip begins at the last key or before.
+    const long last_block = ((long)first + KEYS - 1 + window - 1) / every;
+    const int end = (int)min((long)len, (last_block + 1) * every);
+    Gradients grads = {};
+    visit(
+        grads, shared, x, b, g, first * group, end * group,
+        [&](Rows& info, int i, int query) {
+            info.first[i] = query / every * every - window + 1;
+            info.last[i] = query;
+        },
+        bias);
+    const float scale = rsqrtf((float)D);
+#pragma unroll
+    for (int j = 0; j < D / 8; j++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) grads.dk[j][e] *= scale;
+    }
+    if (first_reader) {
+        const long pair = (long)b * G + g;
+        const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int key = half ? bias.key1 : bias.key0;
+            const int at = key < T ? first_reader[pair * T + key] : -1;
+            if (at >= 0) {
+                const float* from = sums + (pair * capacity + sorted[pair * capacity + at]) * (2 * D) + column;
+#pragma unroll
+                for (int j = 0; j < D / 8; j++) {
+                    const float2 a = *(const float2*)(from + 8 * j), c = *(const float2*)(from + D + 8 * j);
+                    grads.dk[j][2 * half] += a.x, grads.dk[j][2 * half + 1] += a.y;
+                    grads.dv[j][2 * half] += c.x, grads.dv[j][2 * half + 1] += c.y;
+                }
+            }
+        }
+    }
+    copies_wait<0>();
+    __syncthreads();
+    accumulators_to_tile<KEYS, D>(shared, threadIdx.x / 32 * 16, grads.dk, 1.0f, 1.0f);
+    accumulators_to_tile<KEYS, D>(shared + TILE, threadIdx.x / 32 * 16, grads.dv, 1.0f, 1.0f);
+    __syncthreads();
+    const auto target = [&](int i) { return ((u32)b * T + first + i) * G + g; };
+    store_rows<KEYS, D, THREADS>(shared, dk, T - first, target);
+    store_rows<KEYS, D, THREADS>(shared + TILE, dv, T - first, target);
+}

@@ -1,0 +1,328 @@
+// Routed attention by blocks of queries: the forward pass and the gradient of the queries.
+// Follows attention_tile/tile.cuh.
+//
+// A row is one query of one head. The `route_every * group` rows of a block of queries and a KV head see one list
+// of keys: the routed ones, gathered, then the local strip, contiguous. Only the strip's end is masked. So a tile of
+// rows walks over the list in steps of KEYS keys, and every gathered key serves all its rows. Copies run a step
+// ahead. In the gradient the first two products do so too, so that the matrix unit works while a warp computes weights
+// (FlashAttention-3, section 3.2); the forward pass has several blocks of threads on a multiprocessor for that.
+// Positions start at 0 and key rows are positions.
+//
+// Grid: x = n_blocks * ceil(route_every * group / ROWS), y = KV heads, z = batch; THREADS threads; dynamic shared memory:
+// one tile of ROWS and four of KEYS forward, two and five and ROWS floats for dq, and 8 bytes a place for routed keys.
+
+// Warpgroups of a tile, and blocks of threads that must fit a multiprocessor: the fastest of those tried on an H100.
+constexpr int WARPGROUPS = D == 64 ? 1 : 2, FWD_CTAS = D == 64 ? 5 : 2, DQ_CTAS = D == 64 ? 3 : 1;
+constexpr int ROWS = WARPGROUPS * 64, THREADS = WARPGROUPS * 128, KEYS = 64;
+
+// Offsets in shared memory, in bytes. The list of routed keys and their biases follow, 4 bytes each.
+struct Layout {
+    static constexpr int row_tile = ROWS * D * 2, key_tile = KEYS * D * 2;
+};
+
+using Logits = float[KEYS / 8][4];
+
+struct Keys {
+    const int* rows;    // Routed rows, in shared memory.
+    int n_routed;       // Those that are there.
+    int first_local;    // Position of the strip's first key.
+    int n;              // Routed and local ones that some row of the tile sees.
+};
+
+// What is the same for all threads of a tile.
+struct Place {
+    Group group;
+    int b, g, block;
+    int begin;          // First query of the block.
+    int first_row;      // First of the tile's rows, counted from the sequence's first.
+    int n_padded;       // Rows of the tile that exist in memory.
+    int n_rows;         // Rows of the tile that are valid.
+
+    __device__ int query(int row) const { return group.quotient(first_row + row); }
+    __device__ u32 at(int row, int T, int G) const { return group.at(b, T, G, g, first_row + row); }
+};
+
+__device__ __forceinline__ Place place(const int* lens, int T, int n_blocks, int every, Group group) {
+    Place p;
+    const int tiles = (every * group.n + ROWS - 1) / ROWS, tile = blockIdx.x % tiles * ROWS;
+    p.group = group;
+    p.block = blockIdx.x / tiles, p.g = blockIdx.y, p.b = blockIdx.z;
+    p.begin = p.block * every;
+    p.first_row = p.begin * group.n + tile;
+    p.n_padded = min(ROWS, min(every, T - p.begin) * group.n - tile);
+    p.n_rows = min(ROWS, min(every, lens[p.b] - p.begin) * group.n - tile);
+    return p;
+}
+
+// The list of keys of a tile; routed rows and (in units of the raw logit) biases go to shared memory.
+__device__ __forceinline__ Keys list_keys(const Place& p, int* rows, float* bias, const int* indices, const float* tau, const float* scores, int T, int G,
+                                          int n_blocks, int n_places, int window, float inverse_temperature) {
+    const long at = ((long)p.b * n_blocks + p.block) * G + p.g;
+    const float tau_b = scores ? tau[at] : 0.0f;
+    int n = 0;
+    for (int i = threadIdx.x; i < (n_places + THREADS - 1) / THREADS * THREADS; i += THREADS) {
+        const int row = i < n_places ? indices[at * n_places + i] : -1;
+        if (row >= 0) {
+            rows[i] = row;
+            if (scores) {
+                const float s = scores[((long)p.b * T + row) * G + p.g];
+                const float x = (s - tau_b) * inverse_temperature;
+                // log sigmoid without overflow on either side; a sink and a budget that is not full have no bias.
+                const float beta = fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
+                bias[i] = s == infinity() || tau_b == -infinity() ? 0.0f : beta * sqrtf((float)D);
+            }
+        }
+        n += __syncthreads_count(row >= 0);
+    }
+    Keys keys;
+    keys.rows = rows;
+    keys.n_routed = n;
+    keys.first_local = max(0, p.begin - window + 1);
+    keys.n = n + p.query(p.n_rows - 1) - keys.first_local + 1;
+    return keys;
+}
+
+// The row of key `i` of the list, counted over all sequences and KV heads; behind the list's end, the last one again.
+__device__ __forceinline__ u32 key_row(const Keys& keys, const Place& p, int i, int T, int G) {
+    const int slot = min(i, keys.n - 1);
+    const int row = slot < keys.n_routed ? keys.rows[slot] : slot - keys.n_routed + keys.first_local;
+    return ((u32)p.b * T + row) * G + p.g;
+}
+
+// Add the biases of a step's routed keys to raw logits, and hide the keys that a row does not see.
+__device__ __forceinline__ void bias_and_mask(float (&s)[KEYS / 8][4], const Keys& keys, const float* bias, int step, int first_masked, int limit0, int limit1) {
+    const int column = step * KEYS + threadIdx.x % 4 * 2;
+    if (bias && step * KEYS < keys.n_routed) {
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int slot = column + 8 * j + e;
+                const float beta = slot < keys.n_routed ? bias[slot] : 0.0f;
+                s[j][e] += beta;
+                s[j][2 + e] += beta;
+            }
+        }
+    }
+    if (step >= first_masked) {
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int slot = column + 8 * j + e;
+                if (slot > limit0) s[j][e] = -infinity();
+                if (slot > limit1) s[j][2 + e] = -infinity();
+            }
+        }
+    }
+}
+
+// Last slot of the list that a row sees; all of them for a row that is padding.
+__device__ __forceinline__ int last_slot(const Place& p, const Keys& keys, int row) {
+    return row < p.n_rows ? keys.n_routed + p.query(row) - keys.first_local : keys.n - 1;
+}
+
+// o [B, T, H, D] and lse [B, T, H] (natural logarithm). `scores` [B, T, G] is null without a gate bias.
+extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention_fwd(
+    const bf16* q, const bf16* k, const bf16* v, const float* scores, const int* indices, const float* tau, const int* lens, bf16* o, float* lse, int T, int G,
+    int n_blocks, int n_places, int window, int every, float inverse_temperature, int group, u32 reciprocal) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const Place p = place(lens, T, n_blocks, every, {group, reciprocal});
+    if (p.n_padded <= 0) return;
+    if (p.n_rows <= 0) {
+        for (int i = threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) *(uint4*)(o + (u64)p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
+        for (int i = threadIdx.x; i < p.n_padded; i += THREADS) lse[p.at(i, T, G)] = -infinity();
+        return;
+    }
+    const u32 q_tile = shared_address(shared), kv = q_tile + Layout::row_tile;
+    int* rows = (int*)(shared + Layout::row_tile + 4 * Layout::key_tile);
+    float* bias = scores ? (float*)(rows + n_places) : nullptr;
+
+    copy_rows<ROWS, D, THREADS>(q_tile, q, [&](int i) { return p.at(min(i, p.n_rows - 1), T, G); });
+    const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
+    const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = warpgroup() * 64;
+    const auto k_tile = [&](int step) { return kv + step % 2 * (2 * Layout::key_tile); };
+    const auto v_tile = [&](int step) { return k_tile(step) + Layout::key_tile; };
+    const auto fetch = [&](int step) {
+        copy_rows<KEYS, D, THREADS>(k_tile(step), k, v_tile(step), v, [&](int i) { return key_row(keys, p, step * KEYS + i, T, G); });
+        copies_commit();
+    };
+    fetch(0);
+
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+    const int limit0 = last_slot(p, keys, row), limit1 = last_slot(p, keys, row + 8);
+    const int first_masked = (last_slot(p, keys, 0) + 1) / KEYS;
+    const float scale = LOG2E * rsqrtf((float)D);
+    float out[D / 8][4] = {}, max0 = -infinity(), max1 = -infinity(), sum0 = 0.0f, sum1 = 0.0f, shrink0, shrink1;
+
+    // Online softmax; the first step holds a key that the row sees, so the maxima are finite.
+    Logits s;
+    const auto softmax = [&](int step) {
+        bias_and_mask(s, keys, bias, step, first_masked, limit0, limit1);
+        float new0 = max0, new1 = max1;
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+            new0 = fmaxf(new0, fmaxf(s[j][0], s[j][1]));
+            new1 = fmaxf(new1, fmaxf(s[j][2], s[j][3]));
+        }
+        new0 = quad_max(new0), new1 = quad_max(new1);
+        const float top0 = new0 * scale, top1 = new1 * scale;
+        shrink0 = exp2_fast(max0 * scale - top0), shrink1 = exp2_fast(max1 * scale - top1);
+        max0 = new0, max1 = new1;
+        sum0 *= shrink0, sum1 *= shrink1;
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+            s[j][0] = exp2_fast(s[j][0] * scale - top0);
+            s[j][1] = exp2_fast(s[j][1] * scale - top0);
+            s[j][2] = exp2_fast(s[j][2] * scale - top1);
+            s[j][3] = exp2_fast(s[j][3] * scale - top1);
+            sum0 += s[j][0] + s[j][1];
+            sum1 += s[j][2] + s[j][3];
+        }
+    };
+    for (int step = 0; step < steps; step++) {
+        copies_wait<0>();
+        __syncthreads();
+        fetch(step + 1);
+        products_begin();
+        product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
+        products_commit();
+        products_wait<0>();
+        softmax(step);
+        u32 weights[KEYS / 16][4];
+        to_fragments<KEYS>(weights, s);
+        // Maxima settle after a few steps.
+        if (__any_sync(0xffffffffu, shrink0 != 1.0f || shrink1 != 1.0f)) {
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+                out[j][0] *= shrink0, out[j][1] *= shrink0;
+                out[j][2] *= shrink1, out[j][3] *= shrink1;
+            }
+        }
+        products_begin();
+        product_with_tile<KEYS, D>(out, weights, v_tile(step));
+        products_commit();
+        products_wait<0>();
+    }
+    sum0 = quad_sum(sum0), sum1 = quad_sum(sum1);
+    __syncthreads();
+    accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, 1.0f / sum0, 1.0f / sum1);
+    if (lane % 4 == 0) {
+        if (row < p.n_rows) lse[p.at(row, T, G)] = (max0 * scale + log2f(sum0)) / LOG2E;
+        if (row + 8 < p.n_rows) lse[p.at(row + 8, T, G)] = (max1 * scale + log2f(sum1)) / LOG2E;
+    }
+    __syncthreads();
+    store_rows<ROWS, D, THREADS>(shared, o, p.n_rows, [&](int i) { return p.at(i, T, G); });
+    for (int i = p.n_rows * (D / 8) + threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) {
+        *(uint4*)(o + (u64)p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
+    }
+    for (int i = p.n_rows + threadIdx.x; i < p.n_padded; i += THREADS) lse[p.at(i, T, G)] = -infinity();
+}
+
+// dq [B, T, H, D], and delta [B, T, H] = sum of dout * o, which the gradients of keys and values need too.
+extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_dq(
+    const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const bf16* o, const float* lse, const float* scores, const int* indices, const float* tau,
+    const int* lens, bf16* dq, float* delta, int T, int G, int n_blocks, int n_places, int window, int every, float inverse_temperature, int group, u32 reciprocal) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const Place p = place(lens, T, n_blocks, every, {group, reciprocal});
+    if (p.n_padded <= 0) return;
+    if (p.n_rows <= 0) {
+        for (int i = threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) *(uint4*)(dq + (u64)p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
+        for (int i = threadIdx.x; i < p.n_padded; i += THREADS) delta[p.at(i, T, G)] = 0.0f;
+        return;
+    }
+    const u32 q_tile = shared_address(shared), dout_tile = q_tile + Layout::row_tile, kv = dout_tile + Layout::row_tile;
+    float* deltas = (float*)(shared + 2 * Layout::row_tile + 5 * Layout::key_tile);
+    int* rows = (int*)(deltas + ROWS);
+    float* bias = scores ? (float*)(rows + n_places) : nullptr;
+
+    copy_rows<ROWS, D, THREADS>(q_tile, q, dout_tile, dout, [&](int i) { return p.at(min(i, p.n_rows - 1), T, G); });
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    // Rows that are padding have no weights.
+    const float top0 = row < p.n_rows ? lse[p.at(row, T, G)] * LOG2E : infinity(), top1 = row + 8 < p.n_rows ? lse[p.at(row + 8, T, G)] * LOG2E : infinity();
+    uint4 outs[(ROWS * (D / 8) + THREADS - 1) / THREADS];
+    int n = 0;
+    for_pieces<ROWS, D, THREADS>([&](int i, u32) { outs[n++] = *(const uint4*)(o + (u64)p.at(min(i, p.n_rows - 1), T, G) * D + threadIdx.x % (D / 8) * 8); });
+    const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
+    const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = warpgroup() * 64;
+    const auto k_tile = [&](int step) { return kv + step % 3 * Layout::key_tile; };
+    const auto v_tile = [&](int step) { return kv + (3 + step % 2) * Layout::key_tile; };
+    const auto fetch = [&](int step) {
+        copy_rows<KEYS, D, THREADS>(k_tile(step), k, v_tile(step), v, [&](int i) { return key_row(keys, p, step * KEYS + i, T, G); });
+        copies_commit();
+    };
+    fetch(0);
+    fetch(1);
+    copies_wait<1>();
+    __syncthreads();
+    n = 0;
+    for_pieces<ROWS, D, THREADS>([&](int i, u32 at) {
+        const uint4 x = outs[n++], y = *(const uint4*)(shared + Layout::row_tile + at);
+        const u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+        float sum = 0.0f;
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum += low_float(xs[e]) * low_float(ys[e]) + high_float(xs[e]) * high_float(ys[e]);
+#pragma unroll
+        for (int other = 1; other < D / 8; other *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+        if (threadIdx.x % (D / 8) == 0) {
+            deltas[i] = sum;
+            if (i < p.n_padded) delta[p.at(i, T, G)] = i < p.n_rows ? sum : 0.0f;
+        }
+    });
+    __syncthreads();
+
+    const int limit0 = last_slot(p, keys, row), limit1 = last_slot(p, keys, row + 8);
+    const int first_masked = (last_slot(p, keys, 0) + 1) / KEYS;
+    const float scale = LOG2E * rsqrtf((float)D);
+    const float delta0 = deltas[row], delta1 = deltas[row + 8];
+    float out[D / 8][4] = {};
+
+    Logits s, ds;
+    u32 factors[KEYS / 16][4];
+    const auto start = [&](int step) {
+        products_begin();
+        product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
+        product_of_tiles<D, ROWS, KEYS>(ds, dout_tile, warpgroup_row, v_tile(step));
+        products_commit();
+    };
+    const auto logit_gradients = [&](int step) {
+        bias_and_mask(s, keys, bias, step, first_masked, limit0, limit1);
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+            s[j][0] = exp2_fast(s[j][0] * scale - top0) * (ds[j][0] - delta0);
+            s[j][1] = exp2_fast(s[j][1] * scale - top0) * (ds[j][1] - delta0);
+            s[j][2] = exp2_fast(s[j][2] * scale - top1) * (ds[j][2] - delta1);
+            s[j][3] = exp2_fast(s[j][3] * scale - top1) * (ds[j][3] - delta1);
+        }
+    };
+    start(0);
+    products_wait<0>();
+    logit_gradients(0);
+    for (int step = 1; step < steps; step++) {
+        // The wait for the product of the turn before stands here, a branch away from the work that runs beside that
+        // product: within one straight piece of code the compiler puts the wait first.
+        products_wait<0>();
+        copies_wait<0>();
+        __syncthreads();
+        to_fragments<KEYS>(factors, s);
+        fetch(step + 1);
+        start(step);
+        product_with_tile<KEYS, D>(out, factors, k_tile(step - 1));
+        products_commit();
+        products_wait<1>();
+        logit_gradients(step);
+    }
+    products_wait<0>();
+    to_fragments<KEYS>(factors, s);
+    products_begin();
+    product_with_tile<KEYS, D>(out, factors, k_tile(steps - 1));
+    products_commit();
+    products_wait<0>();
+    __syncthreads();
+    accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, rsqrtf((float)D), rsqrtf((float)D));
+    __syncthreads();
+    store_rows<ROWS, D, THREADS>(shared, dq, p.n_rows, [&](int i) { return p.at(i, T, G); });
+    for (int i = p.n_rows * (D / 8) + threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) {
+        *(uint4*)(dq + (u64)p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
+    }
+}
