@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use sluice_data::Message;
 use sluice_engine::Sequence;
 
@@ -146,6 +147,7 @@ impl Drop for Loan {
 
 /// First bytes of a session's bytes.
 const MAGIC: &[u8; 16] = b"sluice-session\x00\x01";
+const DIGEST_BYTES: usize = 32;
 
 /// What stands before the engine's state.
 #[derive(Serialize, Deserialize)]
@@ -157,7 +159,7 @@ struct Header {
 }
 
 impl SessionState {
-    /// The session as bytes: a magic word, the length of a JSON header, the header, the engine's snapshot.
+    /// The session as bytes: a magic word, the length of a JSON header, the header, the engine's snapshot, a digest of all that.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let header = Header { text: self.text.clone(), messages: self.messages.clone(), created: self.created };
         let header = serde_json::to_vec(&header).expect("a header is plain data");
@@ -165,13 +167,19 @@ impl SessionState {
         bytes.extend((header.len() as u64).to_le_bytes());
         bytes.extend(header);
         bytes.extend(self.sequence.snapshot());
+        let digest = Sha256::digest(&bytes);
+        bytes.extend(digest);
         bytes
     }
 
     /// Read what [`Self::to_bytes`] wrote, into `sequence`, an empty one of this server's engine.
     pub(crate) fn from_bytes(bytes: &[u8], mut sequence: Box<Sequence>) -> Result<Self, ApiError> {
         let wrong = |what: &str| ApiError::invalid("", format!("the body is no session of this model: {what}"));
-        let rest = bytes.strip_prefix(MAGIC).ok_or_else(|| wrong("it begins with other bytes"))?;
+        let (content, digest) = bytes.split_last_chunk::<DIGEST_BYTES>().ok_or_else(|| wrong("it is cut off"))?;
+        let rest = content.strip_prefix(MAGIC).ok_or_else(|| wrong("it begins with other bytes"))?;
+        if Sha256::digest(content)[..] != digest[..] {
+            return Err(wrong("it is damaged"));
+        }
         let (len, rest) = rest.split_first_chunk::<8>().ok_or_else(|| wrong("it is cut off"))?;
         let len = usize::try_from(u64::from_le_bytes(*len)).map_err(|_| wrong("it is cut off"))?;
         let (header, snapshot) = rest.split_at_checked(len).ok_or_else(|| wrong("it is cut off"))?;

@@ -29,7 +29,7 @@ fn every_bad_request_is_an_error_in_the_form_of_openai() {
         (raw("{"), 400, None, "JSON"),
         (raw("[]"), 400, None, "object"),
         (raw("\u{7f}"), 400, None, "JSON"),
-        (raw("{} x"), 400, None, "model"),
+        (raw("{} x"), 400, None, "missing field"),
         (raw(r#"{"model": "tiny", "prompt": "x"} y"#), 400, None, "JSON"),
         (raw(&"[".repeat(10_000)), 400, None, ""),
         (completion(json!({"temperature": "hot"})), 400, Some("temperature"), "hot"),
