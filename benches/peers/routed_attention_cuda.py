@@ -126,10 +126,10 @@ class Routed:
         i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
         bf16 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.bfloat16, device=dev)
         # Chunks and groups that fit shared memory; a single group needs two launches fewer, but more candidates a block.
-        self.chunk = max(1024 if self.n_candidates > 4096 else 4096, top_k)
+        self.chunk = max(1024, top_k)
         while True:
             self.n_chunks = max(1, ceil(self.n_candidates, self.chunk))
-            self.chunk_group = self.n_chunks if (self.n_chunks - 1) * top_k <= 2048 else math.isqrt(self.n_chunks)
+            self.chunk_group = self.n_chunks if (self.n_chunks - 1) * top_k <= 4096 else math.isqrt(self.n_chunks)
             self.n_groups = ceil(self.n_chunks, self.chunk_group)
             if (self.n_groups + self.chunk_group) * top_k <= 27_000 or self.n_chunks == 1:
                 break
@@ -171,18 +171,18 @@ class Routed:
             self.tau.fill_(-float("inf"))
             return
         f, pairs = lambda name: function("routing", name), self.b * self.g
-        shared = lambda n: ceil(n, 1024) * 1024 * 8
+        shared = lambda n: ceil(n, 512) * 512 * 8
         if self.n_chunks > 1:
-            launch(f("best_of_chunks"), (self.n_chunks, self.g, self.b), 256, shared(self.chunk), scores, self.lens, self.best, self.t, self.g, self.n_sink, self.top_k,
+            launch(f("best_of_chunks"), (self.n_chunks, self.g, self.b), 128, shared(self.chunk), scores, self.lens, self.best, self.t, self.g, self.n_sink, self.top_k,
                    self.chunk)
         before, n_before = None, (self.n_chunks - 1) * self.top_k
         if self.n_groups > 1:
             before, n_before = self.before, self.top_k
-            launch(f("best_of_groups"), (self.n_groups, pairs), 256, shared(self.chunk_group * self.top_k), self.best, self.group_best, self.n_chunks,
+            launch(f("best_of_groups"), (self.n_groups, pairs), 128, shared(self.chunk_group * self.top_k), self.best, self.group_best, self.n_chunks,
                    self.chunk_group, self.top_k)
-            launch(f("best_before"), (self.n_chunks, pairs), 256, shared((self.n_groups + self.chunk_group) * self.top_k), self.best, self.group_best, before,
+            launch(f("best_before"), (self.n_chunks, pairs), 128, shared((self.n_groups + self.chunk_group) * self.top_k), self.best, self.group_best, before,
                    self.chunk_group, self.n_groups, self.top_k)
-        launch(f("route_blocks"), (self.n_blocks, self.g, self.b), 256, shared(n_before + self.chunk), scores, self.lens, self.best, before, self.indices, self.tau,
+        launch(f("route_blocks"), (self.n_blocks, self.g, self.b), 128, shared(n_before + self.chunk), scores, self.lens, self.best, before, self.indices, self.tau,
                self.t, self.g, self.n_blocks, self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk, self.n_chunks)
 
     def attention(self, pass_):

@@ -12,7 +12,7 @@ use crate::routed_attention::gpu_routing::{GpuRouting, upload_lens};
 const SOURCE: KernelSource = KernelSource { name: "top_k_routing", code: include_str!("top_k_routing.cu") };
 
 /// Threads of a block.
-const THREADS: u32 = 256;
+const THREADS: u32 = 128;
 
 /// Candidates that shared memory holds at most, with their positions.
 const MOST_CANDIDATES: usize = 27 * 1024;
@@ -27,13 +27,13 @@ struct Plan {
 }
 
 impl Plan {
-    /// A single chunk needs one launch, a single group two, for more candidates a block.
+    /// A single group needs two launches fewer, for more candidates a block.
     #[track_caller]
     fn new(n_candidates: usize, top_k: usize) -> Self {
-        let mut chunk = top_k.max(if n_candidates > 4096 { 1024 } else { 4096 });
+        let mut chunk = top_k.max(1024);
         loop {
             let n_chunks = n_candidates.div_ceil(chunk).max(1);
-            let group = if (n_chunks - 1) * top_k <= 2048 { n_chunks } else { n_chunks.isqrt() };
+            let group = if (n_chunks - 1) * top_k <= 4096 { n_chunks } else { n_chunks.isqrt() };
             let n_groups = n_chunks.div_ceil(group);
             let lists = if n_chunks == 1 { 0 } else { n_groups + group };
             if chunk + top_k > MOST_CANDIDATES {

@@ -1,6 +1,6 @@
 // Causal prefix top-k for all blocks, heads and sequences at once.
 //
-// One operation does everything: eight warps keep the k best of a list that is in order of position, and they come out
+// One operation does everything: four warps keep the k best of a list that is in order of position, and they come out
 // in that order again. They find the k-th best score two bits at a time, by counting, then walk over the list once; of
 // those that equal the k-th best the last ones are kept, since ties go to the larger position. Nothing is ever sorted.
 // The best of a union are the best of its parts' best, so with chunks of positions:
@@ -10,14 +10,13 @@
 //   best_before      of everything before a chunk: the groups before its group, and the chunks before it in the group
 //   route_blocks     of everything before a block: what precedes its last chunk, and the beginning of that
 //
-// A text of one group needs neither the second kernel nor the third, one of a
-// single chunk only the last. A list is `top_k` candidates (`u64`: score in an
+// A text of one group needs neither the second kernel nor the third. A list is `top_k` candidates (`u64`: score in an
 // order-preserving form, position below). A chunk is no shorter than that, so whatever precedes a candidate is full.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int THREADS = 128, WARPS = THREADS / 32;
 constexpr u32 RANK_OF_INFINITY = 0xff800000u;
 
 // A score as the order sees it: larger is better, and 0 is less than any. NaN loses to everything, -0 equals 0.
@@ -64,45 +63,20 @@ __device__ __forceinline__ void append_list(Candidates& c, const u64* list, int 
     c.n += n;
 }
 
-// Append those of the positions `begin..end` that rank at least `least`. `scores` is the sequence's, `stride` apart.
-__device__ __forceinline__ void append_scores(Candidates& c, const float* scores, int begin, int end, int stride, int n_sink, u32 least) {
-    __shared__ int of_warp[2][WARPS];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = max(0, end - begin);
-    for (int first = 0; first < n; first += 4 * THREADS) {
-        float x[4];
+// Append the positions `begin..end`. `scores` is the sequence's, `stride` apart.
+__device__ __forceinline__ void append_scores(Candidates& c, const float* scores, int begin, int end, int stride, int n_sink) {
+    const int n = max(0, end - begin);
+    for (int first = threadIdx.x; first < n; first += 8 * THREADS) {
+        float x[8];
 #pragma unroll
-        for (int e = 0; e < 4; e++) x[e] = scores[(long)(begin + min(first + e * THREADS + (int)threadIdx.x, n - 1)) * stride];
+        for (int e = 0; e < 8; e++) x[e] = scores[(long)(begin + min(first + e * THREADS, n - 1)) * stride];
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int i = first + e * THREADS + threadIdx.x;
-            const u32 rank = begin + i < n_sink ? RANK_OF_INFINITY : rank_of(x[e]);
-            const bool is_candidate = i < n && rank >= least;
-            const u32 votes = __ballot_sync(0xffffffffu, is_candidate);
-            if (lane == 0) of_warp[e % 2][warp] = __popc(votes);
-            __syncthreads();
-            int to = c.n + __popc(votes & ((1u << lane) - 1));
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                if (w < warp) to += of_warp[e % 2][w];
-                c.n += of_warp[e % 2][w];
-            }
-            if (is_candidate) c.rank[to] = rank, c.position[to] = begin + i;
+        for (int e = 0; e < 8; e++) {
+            const int i = first + e * THREADS;
+            if (i < n) c.rank[c.n + i] = begin + i < n_sink ? RANK_OF_INFINITY : rank_of(x[e]), c.position[c.n + i] = begin + i;
         }
     }
-}
-
-// The least rank of candidates that every thread has appended its share of.
-__device__ __forceinline__ u32 least_rank(const Candidates& c) {
-    __shared__ u32 of_warp[WARPS];
-    u32 least = 0xffffffffu;
-    __syncthreads();
-    for (int i = threadIdx.x; i < c.n; i += THREADS) least = min(least, c.rank[i]);
-    least = __reduce_min_sync(0xffffffffu, least);
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = least;
-    __syncthreads();
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) least = min(least, of_warp[w]);
-    return least;
+    c.n += n;
 }
 
 // Sum over the warps of three numbers, the first two below 2^16 a warp. `turn` alternates.
@@ -181,13 +155,13 @@ __device__ __forceinline__ void keep_list(const Candidates& c, int top_k, u64* l
     for (int i = n + threadIdx.x; i < top_k; i += THREADS) list[i] = 0;
 }
 
-// Every kernel has blocks of 256 threads; dynamic shared memory: 8 bytes a candidate, their number rounded up to 1024.
+// Every kernel has blocks of 128 threads; dynamic shared memory: 8 bytes a candidate, their number rounded up to 512.
 
 // best [B, G, n_chunks, top_k]. Grid [n_chunks, G, B].
 extern "C" __global__ __launch_bounds__(THREADS) void best_of_chunks(const float* scores, const int* lens, u64* best, int T, int G, int n_sink, int top_k, int chunk_size) {
     const int chunk = blockIdx.x, g = blockIdx.y, b = blockIdx.z;
     Candidates c = no_candidates(chunk_size);
-    append_scores(c, scores + (long)b * T * G + g, chunk * chunk_size, min((chunk + 1) * chunk_size, lens[b]), G, n_sink, 0);
+    append_scores(c, scores + (long)b * T * G + g, chunk * chunk_size, min((chunk + 1) * chunk_size, lens[b]), G, n_sink);
     keep_list(c, top_k, best + (((long)b * G + g) * gridDim.x + chunk) * top_k);
 }
 
@@ -220,9 +194,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void route_blocks(const float* 
     Candidates c = no_candidates((before ? top_k : (n_chunks - 1) * top_k) + chunk_size);
     if (before) append_list(c, before + (pair * n_chunks + chunk) * top_k, chunk > 0 ? top_k : 0);
     else append_list(c, best + pair * n_chunks * top_k, chunk * top_k);
-    // A full set before the chunk tells what can still enter it: an equal can, because it is later.
-    const u32 least = before && chunk > 0 ? least_rank(c) : 0;
-    append_scores(c, scores + (long)b * T * G + g, chunk * chunk_size, n_candidates, G, n_sink, least);
+    append_scores(c, scores + (long)b * T * G + g, chunk * chunk_size, n_candidates, G, n_sink);
     u32 worst;
     const int n = keep_best(c, top_k, worst, [&](int i, u32, int position) { indices[at * n_places + i] = position; });
     for (int i = n + threadIdx.x; i < n_places; i += THREADS) indices[at * n_places + i] = -1;
