@@ -255,12 +255,13 @@ fn finish(
 }
 
 fn sampling(facts: &ModelFacts, shared: &Shared<'_>) -> Result<SamplingConfig, ApiError> {
-    let number = |param: &str, given: Option<f32>, default: f32, least: f32, most: f32| {
+    // Read as f64: as f32, a number beyond its range would be called bad JSON.
+    let number = |param: &str, given: Option<f64>, default: f64, least: f64, most: f64| {
         let number = given.unwrap_or(default);
         if (least..=most).contains(&number) {
-            return Ok(number);
+            return Ok(number as f32);
         }
-        Err(ApiError::invalid(param, format!("found {number}; expected {least} to {most}")))
+        Err(ApiError::invalid(param, format!("found {number:?}; expected {least} to {most}")))
     };
     let mut logit_bias = Vec::new();
     for (token, &bias) in shared.logit_bias.into_iter().flatten() {

@@ -39,28 +39,28 @@ macro_rules! generating {
             pub model: String,
             /// 0 takes the most likely token; up to 2.
             #[serde(default)]
-            pub temperature: Option<f32>,
+            pub temperature: Option<f64>,
             /// Sample from the most likely tokens that together have this probability.
             #[serde(default)]
-            pub top_p: Option<f32>,
+            pub top_p: Option<f64>,
             /// Sample from this many most likely tokens; 0 for all.
             #[serde(default)]
             pub top_k: Option<usize>,
             /// Leave out tokens less likely than this share of the most likely one.
             #[serde(default)]
-            pub min_p: Option<f32>,
+            pub min_p: Option<f64>,
             /// Subtracted from the logit of tokens that were chosen before.
             #[serde(default)]
-            pub presence_penalty: Option<f32>,
+            pub presence_penalty: Option<f64>,
             /// Subtracted from the logit of a token for each time that it was chosen before.
             #[serde(default)]
-            pub frequency_penalty: Option<f32>,
+            pub frequency_penalty: Option<f64>,
             /// Positive logits of tokens that occurred are divided by this, negative ones multiplied.
             #[serde(default)]
-            pub repetition_penalty: Option<f32>,
+            pub repetition_penalty: Option<f64>,
             /// Added to the logits of these token ids.
             #[serde(default)]
-            pub logit_bias: Option<BTreeMap<String, f32>>,
+            pub logit_bias: Option<BTreeMap<String, f64>>,
             /// The same seed gives the same answer.
             #[serde(default)]
             pub seed: Option<i64>,
@@ -167,14 +167,14 @@ pub struct SessionRequest {
 /// The shared fields, borrowed.
 pub(crate) struct Shared<'a> {
     pub(crate) model: &'a str,
-    pub(crate) temperature: Option<f32>,
-    pub(crate) top_p: Option<f32>,
+    pub(crate) temperature: Option<f64>,
+    pub(crate) top_p: Option<f64>,
     pub(crate) top_k: Option<usize>,
-    pub(crate) min_p: Option<f32>,
-    pub(crate) presence_penalty: Option<f32>,
-    pub(crate) frequency_penalty: Option<f32>,
-    pub(crate) repetition_penalty: Option<f32>,
-    pub(crate) logit_bias: Option<&'a BTreeMap<String, f32>>,
+    pub(crate) min_p: Option<f64>,
+    pub(crate) presence_penalty: Option<f64>,
+    pub(crate) frequency_penalty: Option<f64>,
+    pub(crate) repetition_penalty: Option<f64>,
+    pub(crate) logit_bias: Option<&'a BTreeMap<String, f64>>,
     pub(crate) seed: Option<i64>,
     pub(crate) n: Option<usize>,
     pub(crate) stop: Option<&'a Stop>,
