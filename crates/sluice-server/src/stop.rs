@@ -14,8 +14,7 @@ impl StopWatch {
     /// The text that is now certain to belong to the answer, and whether a stop string has ended it.
     pub(crate) fn push(&mut self, piece: &str) -> (String, bool) {
         self.held.push_str(piece);
-        // The earliest one ends the answer; of those that begin together any will do.
-        if let Some(at) = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
+        if let Some(at) = first_complete(&self.held, &self.stops) {
             self.held.truncate(at);
             return (std::mem::take(&mut self.held), true);
         }
@@ -29,6 +28,13 @@ impl StopWatch {
     pub(crate) fn finish(self) -> String {
         self.held
     }
+}
+
+/// Where the stop string begins that is complete first, the earlier one of two that end together. By ends, not beginnings: a longer
+/// one that began before might still have come true, but what comes next is not known when an answer is streamed.
+fn first_complete(text: &str, stops: &[String]) -> Option<usize> {
+    let found = stops.iter().filter_map(|stop| text.find(stop.as_str()).map(|at| (at + stop.len(), at)));
+    found.min().map(|(_, at)| at)
 }
 
 /// Bytes of the longest proper beginning of `stop` with which `text` ends.
@@ -58,12 +64,24 @@ mod tests {
         assert_eq!(watch.finish(), "é");
     }
 
+    #[test]
+    fn the_one_that_is_complete_first_ends_the_answer() {
+        for pieces in [vec!["éb", "é"], vec!["ébé"]] {
+            let mut watch = StopWatch::new(vec!["ébé".into(), "b".into()]);
+            assert_eq!(watch.push(pieces[0]), ("é".into(), true), "{pieces:?}");
+        }
+        assert_eq!(StopWatch::new(vec!["b".into(), "ab".into()]).push("aab"), ("a".into(), true));
+    }
+
     proptest! {
-        /// Cut anywhere, the shown text is the text up to the first stop string.
+        /// Cut anywhere, the shown text is the text before the stop string that is complete first.
         #[test]
         fn pieces_do_not_matter(pieces in prop::collection::vec("[abé]{0,3}", 0..12), stops in prop::collection::vec("[abé]{1,3}", 0..3)) {
             let text = pieces.concat();
-            let end = stops.iter().filter_map(|stop| text.find(stop.as_str())).min();
+            let ends = (0..=text.len()).filter(|&end| text.is_char_boundary(end));
+            let end = ends.into_iter().find_map(|end| {
+                stops.iter().filter_map(|stop| text[..end].strip_suffix(stop.as_str())).map(str::len).min()
+            });
             let (mut watch, mut shown, mut hit) = (StopWatch::new(stops), String::new(), false);
             for piece in &pieces {
                 let (more, stopped) = watch.push(piece);
