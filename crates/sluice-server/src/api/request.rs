@@ -21,7 +21,8 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
         // A path means that the text was JSON up to a value that does not fit.
         let param = (inner.is_data() && path != ".").then_some(path);
         let what = if inner.is_data() { "the request does not fit" } else { "the body is not valid JSON" };
-        ApiError::malformed(param, format!("{what}: {inner}"))
+        let at = param.as_ref().map_or_else(String::new, |param| format!(" at `{param}`"));
+        ApiError::malformed(param, format!("{what}{at}: {inner}"))
     })?;
     json.end().map_err(|error| ApiError::malformed(None, format!("the body is not valid JSON: {error}")))?;
     Ok(value)
