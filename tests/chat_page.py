@@ -6,6 +6,7 @@ Needs the package `playwright` and a Chromium (CHROMIUM, or else /usr/bin/chromi
 
 import os
 import sys
+import time
 
 try:
     from playwright.sync_api import sync_playwright
@@ -21,6 +22,14 @@ QUESTION = (
 )
 
 
+def until(page, condition, seconds):
+    """Wait for a condition of the page; its content security policy forbids Playwright's own wait, which evaluates text inside the page."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, f"not within {seconds} s: {condition}"
+        page.wait_for_timeout(100)
+
+
 def main(url, screenshot=None):
     if not os.path.exists(CHROMIUM):
         print(f"no Chromium at {CHROMIUM}; set CHROMIUM")
@@ -33,13 +42,13 @@ def main(url, screenshot=None):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith((url, "data:")) else None)
         page.goto(url)
-        page.wait_for_function("document.getElementById('facts').textContent.includes('remembers')")
+        until(page, "document.getElementById('facts').textContent.includes('remembers')", 30)
 
         # By keyboard alone: the message has the focus.
         page.keyboard.type(QUESTION)
         page.keyboard.press("Enter")
         page.wait_for_selector("#talk li.assistant", timeout=60_000)
-        page.wait_for_function("!document.querySelector('li.live')", timeout=180_000)
+        until(page, "!document.querySelector('li.live')", 180)
         answer = page.locator("#talk li.assistant").inner_text()
         assert len(answer) > 20, answer
         assert "tokens/s" in page.locator("#speed").inner_text()
@@ -69,9 +78,9 @@ def main(url, screenshot=None):
         page.keyboard.type("Tell me a long story about a river.")
         page.keyboard.press("Enter")
         page.wait_for_selector("li.live")
-        page.wait_for_function("document.querySelector('li.live').textContent.length > 0", timeout=60_000)
+        until(page, "document.querySelector('li.live').textContent.length > 0", 60)
         page.keyboard.press("Escape")
-        page.wait_for_function("!document.querySelector('li.live')", timeout=10_000)
+        until(page, "!document.querySelector('li.live')", 10)
         page.get_by_role("button", name="New chat").click()
         assert page.locator("#talk li").count() == 0 and page.locator("#strip").is_hidden()
         assert not problems and not foreign, (problems, foreign)
