@@ -56,7 +56,7 @@ impl Tape {
     #[track_caller]
     pub fn backward_scalar(&self, loss: &Var) -> Gradients {
         assert_eq!(loss.value().len(), 1, "backward_scalar() of a value of shape {:?}", loss.value().shape());
-        self.backward(&[(loss.clone(), Tensor::full(1.0, loss.value().shape()))])
+        self.backward(&[(loss.clone(), Tensor::full(1.0, loss.value().shape()).to(&loss.value().device()))])
     }
 
     /// Walk back from `roots` (value and gradient); returns the gradients of the leaves and the names of the

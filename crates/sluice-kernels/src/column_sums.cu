@@ -32,3 +32,11 @@ KERNEL sum_partials(const float* __restrict__ partial, float* __restrict__ out, 
         out[i] = sum;
     }
 }
+
+// One block.
+KERNEL sum_to_scalar(const float* __restrict__ x, float* __restrict__ out, u64 n) {
+    double sum = 0.0;
+    for (u64 i = threadIdx.x; i < n; i += blockDim.x) sum += (double)x[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) out[0] = (float)sum;
+}

@@ -58,6 +58,15 @@ pub(crate) fn optional(tensor: Option<&Tensor>) -> Arg {
     Arg::U64(tensor.map_or(0, Tensor::address))
 }
 
+/// The sum of all elements, `[]`: added in f64 by one block, in one order.
+pub(crate) fn sum_to_scalar(x: &Tensor) -> Tensor {
+    let gpu = x.gpu().expect("on the GPU");
+    let mut sum = output(gpu, []);
+    // SAFETY: `x` has so many elements, `sum` one.
+    unsafe { run(gpu, &SOURCE, "sum_to_scalar", [1, 1, 1], &[x.into(), (&mut sum).into(), (x.len() as u64).into()]) };
+    sum
+}
+
 /// `out[g, c] = sum over rows r of coefficients[r, g] row_scale[r] x[r, c] y[r, c]`, `[n_out, m]`, every factor but `x` optional.
 /// Rows are added in one order, whatever else runs.
 pub(crate) struct ColumnSums<'a> {

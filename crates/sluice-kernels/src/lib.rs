@@ -24,4 +24,5 @@ mod simd;
 pub mod swiglu;
 pub mod top_k_routing;
 mod vector_math;
+pub mod weighted_mse;
 pub mod worker_team;

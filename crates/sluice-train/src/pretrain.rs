@@ -224,7 +224,7 @@ impl Pretrainer {
         let sum: f32 = batch.weights.iter().sum();
         let weights: Vec<f32> = batch.weights.iter().map(|w| w / sum.max(1e-6)).collect();
         let (loss, parts) = tape.cross_entropy(&h, &tape.param(self.model.head()), &batch.targets, &weights);
-        let value = loss.value().item();
+        let value = parts.weighted_sum(&weights);
         let mut grads = tape.backward_scalar(&loss).into_params();
         let c = &self.config.optimizer;
         let lr = c.lr * warm_up_cosine(self.step, self.config.steps(), c.warm_up, c.lr_floor);

@@ -24,3 +24,9 @@ KERNEL sum_of_squares(const float* __restrict__ x, double* __restrict__ partial,
 KERNEL scale(float* __restrict__ x, float f, u64 n) {
     EACH(i, n) x[i] *= f;
 }
+
+KERNEL scale_by(float* __restrict__ x, const float* __restrict__ factor, u64 n) {
+    const float f = factor[0];
+    if (f == 1.f) return;  // the usual gradient of a loss
+    EACH(i, n) x[i] *= f;
+}

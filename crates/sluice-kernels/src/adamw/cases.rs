@@ -3,7 +3,7 @@
 use sluice_tensor::Tensor;
 use sluice_testkit::Rng;
 
-use super::{AdamW, global_norm, naive, scale_in_place, step};
+use super::{AdamW, global_norm, naive, scale_in_place, scale_in_place_by, step};
 use crate::row_chunks::CHUNK;
 use crate::selftest::Check;
 
@@ -46,4 +46,10 @@ pub(crate) fn run(check: &mut Check<'_>) {
     scale_in_place(&mut scaled, 0.25);
     let want: Vec<f64> = a.f32().iter().map(|&x| x as f64 * 0.25).collect();
     check.compare("scaled", &scaled, &want, 0.0);
+    for factor in [1.0, -0.5] {
+        let mut scaled = check.put(&a);
+        scale_in_place_by(&mut scaled, &check.put(&Tensor::scalar(factor)));
+        let want: Vec<f64> = a.f32().iter().map(|&x| (x * factor) as f64).collect();
+        check.compare("scaled by a tensor", &scaled, &want, 0.0);
+    }
 }

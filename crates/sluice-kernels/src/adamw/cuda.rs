@@ -52,3 +52,9 @@ pub(super) fn scale(gpu: &Gpu, t: &mut Tensor, f: f32) {
     // SAFETY: `n` elements.
     unsafe { run(gpu, &SOURCE, "scale", over_elements(n), &[t.into(), f.into(), (n as u64).into()]) };
 }
+
+pub(super) fn scale_by(gpu: &Gpu, t: &mut Tensor, factor: &Tensor) {
+    let n = t.len();
+    // SAFETY: `n` elements, and one factor, checked by the caller.
+    unsafe { run(gpu, &SOURCE, "scale_by", over_elements(n), &[t.into(), factor.into(), (n as u64).into()]) };
+}

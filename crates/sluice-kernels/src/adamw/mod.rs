@@ -77,6 +77,19 @@ pub fn scale_in_place(t: &mut Tensor, f: f32) {
     for_each_chunk(t.f32_mut(), CHUNK, |_, chunk| vector_math::scale(chunk, f));
 }
 
+/// `t *= factor`, a tensor of one element on the device of `t` that the host does not read.
+#[track_caller]
+pub fn scale_in_place_by(t: &mut Tensor, factor: &Tensor) {
+    assert_eq!(factor.len(), 1, "scaling of {:?} by {:?}", t.shape(), factor.shape());
+    if let Some(gpu) = t.gpu() {
+        return cuda::scale_by(&gpu.clone(), t, factor);
+    }
+    let factor = factor.item();
+    if factor != 1.0 {
+        scale_in_place(t, factor);
+    }
+}
+
 /// What every element of a step has in common, computed once in f64.
 #[derive(Clone, Copy)]
 struct Factors {

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use sluice_tensor::Tensor;
 use sluice_tensor::memory::Scratch;
 
-use super::{Gradients, Wanted, check_shapes, cuda, even_chunks, gather, rows_per_chunk, weighted_rows};
+use super::{Gradients, Wanted, check_shapes, cuda, even_chunks, gather, rows_per_chunk, weighted_rows, weighted_sum};
 use crate::linear::project;
 use crate::vector_math::{argmax, exp, sum_exp, vectorised};
 
@@ -20,6 +20,13 @@ pub struct CrossEntropy {
     pub dh: Option<Tensor>,
     /// `[V, M]`.
     pub dw: Option<Tensor>,
+}
+
+impl CrossEntropy {
+    /// `sum_i weights[i] nll_i`: the loss that the gradients belong to.
+    pub fn weighted_sum(&self, weights: &[f32]) -> f32 {
+        weighted_sum(weights, |i| self.nll[i] as f64)
+    }
 }
 
 /// Cross-entropy of `h [n, M]` projected by `w [V, M]` against `targets [n]`.

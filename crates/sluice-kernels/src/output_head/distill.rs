@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use sluice_tensor::Tensor;
 use sluice_tensor::memory::Scratch;
 
-use super::{Gradients, Wanted, check_shapes, cuda, even_chunks, gather, rows_per_chunk, weighted_rows};
+use super::{Gradients, Wanted, check_shapes, cuda, even_chunks, gather, rows_per_chunk, weighted_rows, weighted_sum};
 use crate::linear::project;
 use crate::vector_math::{LANES, add_lanes, argmax, exp, max, sum_exp, vectorised};
 
@@ -53,6 +53,16 @@ pub struct Distill {
     pub dh: Option<Tensor>,
     /// `[V, M_s]`.
     pub dw: Option<Tensor>,
+}
+
+impl Distill {
+    /// `sum_i weights[i] loss_i` with the factors of `terms`: the loss that the gradients belong to.
+    pub fn weighted_sum(&self, weights: &[f32], terms: &DistillTerms) -> f32 {
+        weighted_sum(weights, |i| {
+            let nll = if terms.ce == 0.0 { 0.0 } else { self.nll_student[i] };
+            terms.kl as f64 * self.kl[i] as f64 + terms.ce as f64 * nll as f64 + terms.boundary as f64 * self.boundary[i] as f64
+        })
+    }
 }
 
 /// Student `h_s [n, M_s]`, `w_s [V, M_s]` against teacher `h_t [n, M_t]`, `w_t [V, M_t]`.

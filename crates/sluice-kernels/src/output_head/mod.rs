@@ -67,6 +67,11 @@ fn even_chunks(n: usize, at_most: usize) -> usize {
     n.div_ceil(n.div_ceil(at_most).max(1)).max(1)
 }
 
+/// `sum_i weights[i] loss(i)` in f64, over the rows that count.
+fn weighted_sum(weights: &[f32], loss: impl Fn(usize) -> f64) -> f32 {
+    weighted_rows(weights).into_iter().map(|i| weights[i] as f64 * loss(i)).sum::<f64>() as f32
+}
+
 /// Rows whose loss counts.
 fn weighted_rows(weights: &[f32]) -> Vec<usize> {
     (0..weights.len()).filter(|&i| weights[i] != 0.0).collect()

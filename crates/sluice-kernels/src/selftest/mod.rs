@@ -45,5 +45,6 @@ const OPS: &[(&str, Cases)] = &[
     ("add", crate::add::cases::run),
     ("swiglu", crate::swiglu::cases::run),
     ("output_head", crate::output_head::cases::run),
+    ("weighted_mse", crate::weighted_mse::cases::run),
     ("adamw", crate::adamw::cases::run),
 ];
