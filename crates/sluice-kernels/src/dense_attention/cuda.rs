@@ -1,10 +1,11 @@
-//! Tiles of up to 64 x 64 in shared memory, f32 throughout.
+//! Tensor cores where they serve (`tensor_cores.rs`); otherwise tiles of up to 64 x 64 in shared memory, f32 throughout.
 
 use std::sync::Arc;
 
-use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Arg, Buffer, Gpu, KernelSource, or_raise};
+use sluice_tensor::{DType, Tensor};
 
+use super::tensor_cores::Call;
 use crate::launch::{THREADS, output, over_rows, run};
 use crate::routed_attention::Dims;
 
@@ -47,6 +48,11 @@ unsafe fn tiled(gpu: &Gpu, name: &str, grid: [usize; 3], shared: u32, args: &[Ar
 }
 
 pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens: &[usize]) -> (Tensor, Tensor) {
+    if let Some(call) = Call::new(gpu, dims, q.dtype(), start, lens) {
+        return call.fwd(q, k, v);
+    }
+    let dtype = q.dtype();
+    let [q, k, v] = &[q, k, v].map(|x| x.to_dtype(DType::F32));
     let (name, tile) = if is_narrow(dims) { ("forward_64", Tile(64, 64, 64)) } else { ("forward_128", Tile(128, 64, 64)) };
     let (mut o, mut lse) = (output(gpu, q.shape()), output(gpu, &q.shape()[..3]));
     let lens = upload_lens(gpu, lens);
@@ -55,7 +61,7 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, q: &Tensor, k: &Tensor, v: &Tenso
     let grid = [dims.t.div_ceil(tile.1), dims.h, dims.b];
     // SAFETY: shapes were checked by the caller; `lens` keeps queries within `t` and keys within `s`.
     unsafe { tiled(gpu, name, grid, tile.shared(tile.1 + tile.2), &args) };
-    (o, lse)
+    (o.to_dtype(dtype), lse)
 }
 
 pub(super) fn bwd(
@@ -65,6 +71,11 @@ pub(super) fn bwd(
     start: usize,
     lens: &[usize],
 ) -> (Tensor, Tensor, Tensor) {
+    if let Some(call) = Call::new(gpu, dims, q.dtype(), start, lens) {
+        return call.bwd([dout, q, k, v, o, lse]);
+    }
+    let dtype = q.dtype();
+    let [dout, q, k, v, o, lse] = &[dout, q, k, v, o, lse].map(|x| x.to_dtype(DType::F32));
     let names = if is_narrow(dims) { ["query_gradient_64", "key_gradient_64"] } else { ["query_gradient_128", "key_gradient_128"] };
     let tiles = if is_narrow(dims) { [Tile(64, 64, 64), Tile(64, 64, 64)] } else { [Tile(128, 32, 64), Tile(128, 32, 32)] };
     let lens = upload_lens(gpu, lens);
@@ -86,5 +97,5 @@ pub(super) fn bwd(
         let args: Vec<Arg> = inputs.into_iter().chain([(&mut dk).into(), (&mut dv).into()]).chain(sizes(dims, start)).collect();
         tiled(gpu, names[1], [dims.s.div_ceil(tile.2), dims.g, dims.b], tile.shared(2 * tile.1 + 2 * tile.2), &args);
     }
-    (dq, dk, dv)
+    (dq.to_dtype(dtype), dk.to_dtype(dtype), dv.to_dtype(dtype))
 }

@@ -7,11 +7,15 @@
 //! Shapes: `q, o [B, T, H, D]`, `k, v [B, S, G, D]`, `lse [B, T, H]`; head `h` reads KV head `h / (H / G)`.
 //! A padding row (`t >= lens[b]`) has `o = 0`, `lse = -inf` and no gradient; rows of `k` and `v` that no
 //! valid query sees are never read. Time is quadratic in `T`, memory linear.
+//!
+//! On a GPU: in precision bf16 (or for tensors in bf16) heads of 64 and 128 run on tensor cores, factors of products rounded to bf16 and
+//! results in the format of `q`; everything else in f32 on the plain cores.
 
 pub(crate) mod cases;
 mod cpu;
 mod cuda;
 pub mod naive;
+mod tensor_cores;
 #[cfg(test)]
 mod tests;
 

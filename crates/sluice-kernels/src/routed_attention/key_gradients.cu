@@ -163,10 +163,6 @@ struct Problem {
     Group group;
 };
 
-__device__ __forceinline__ void copy4(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
 // Visit rows `begin..end` (queries times the group's heads) of a sequence and a KV head with the 64 keys in `shared`.
 // `describe_row(rows, i, query)` says what a row sees; `bias` adds to the logits and collects the gradients of scores.
 template <class Describe, class Bias>

@@ -1,0 +1,111 @@
+//! Launches of `dense_bf16.cu`: heads of 64 and 128, factors of products bf16, sums and softmax f32; results in the format of `q`.
+
+use std::sync::Arc;
+
+use sluice_tensor::cuda::{Arg, Gpu, KernelSource, Precision};
+use sluice_tensor::{DType, Tensor};
+
+use crate::launch::{launch, output};
+use crate::routed_attention::Dims;
+use crate::routed_attention::gpu_routing::upload_lens;
+
+macro_rules! source {
+    ($name:literal, $head_dim:literal) => {
+        KernelSource {
+            name: $name,
+            code: concat!(
+                "#define HEAD_DIM ",
+                $head_dim,
+                "\n",
+                include_str!("../attention_tile/tile.cuh"),
+                "\n",
+                include_str!("dense_bf16.cu")
+            ),
+        }
+    };
+}
+
+/// What depends on the width of a head: warpgroups of 64 rows (or keys) of a block, as in the source.
+struct Width {
+    head_dim: usize,
+    source: KernelSource,
+    fwd: usize,
+    dq: usize,
+    dkv: usize,
+}
+
+const WIDTH_64: Width = Width { head_dim: 64, source: source!("dense_bf16_64", "64"), fwd: 2, dq: 1, dkv: 1 };
+const WIDTH_128: Width = Width { head_dim: 128, source: source!("dense_bf16_128", "128"), fwd: 3, dq: 1, dkv: 1 };
+
+/// Rows or keys of a warpgroup, and of a step.
+const TILE: usize = 64;
+
+/// One call.
+pub(super) struct Call<'a> {
+    gpu: &'a Arc<Gpu>,
+    width: &'static Width,
+    dims: &'a Dims,
+    start: usize,
+    lens: &'a [usize],
+}
+
+impl<'a> Call<'a> {
+    /// `None` where these kernels do not serve: other widths, tensors of f32 on a GPU that may not round them, and sizes whose rows cannot
+    /// be numbered in 32 bits, or divided by the group with a reciprocal that is exact.
+    pub(super) fn new(gpu: &'a Arc<Gpu>, dims: &'a Dims, dtype: DType, start: usize, lens: &'a [usize]) -> Option<Self> {
+        let width = [&WIDTH_64, &WIDTH_128].into_iter().find(|width| width.head_dim == dims.d)?;
+        let may_round = gpu.precision() == Precision::Bf16 || dtype == DType::Bf16;
+        let group = dims.group();
+        let numbered = dims.b * dims.t * dims.h < 1 << 32 && dims.b * dims.s * dims.g < 1 << 32 && dims.t * group * group < 1 << 31;
+        (may_round && numbered).then_some(Self { gpu, width, dims, start, lens })
+    }
+
+    /// A kernel whose blocks have `warpgroups` tiles of the `n` rows (or keys) of a sequence and KV head.
+    fn launch(&self, name: &str, n: usize, warpgroups: usize, row_tiles: usize, key_tiles: usize, floats: usize, args: &[Arg]) {
+        let Dims { b, t, s, g, .. } = *self.dims;
+        let group = self.dims.group() as u64;
+        let int = |x: usize| Arg::I32(x as i32);
+        let reciprocal = Arg::U32(if group > 1 { ((1u64 << 32) / group + 1) as u32 } else { 0 });
+        let sizes = [int(t), int(s), int(g), int(self.start), int(group as usize), reciprocal];
+        let args: Vec<Arg> = args.iter().copied().chain(sizes).collect();
+        let tiles = row_tiles * warpgroups + key_tiles;
+        let shared = tiles * TILE * self.dims.d * 2 + 4 * floats;
+        let grid = [b * g, n.div_ceil(warpgroups * TILE), 1];
+        // SAFETY: shapes were checked by the caller; `lens` keeps queries within `t` and keys within `s`.
+        unsafe { launch(self.gpu, &self.width.source, name, grid, 128 * warpgroups as u32, shared as u32, &args) };
+    }
+
+    fn bf16(&self, shape: &[usize]) -> Tensor {
+        Tensor::empty_on(self.gpu, shape, DType::Bf16)
+    }
+
+    /// `(o [B, T, H, D], lse [B, T, H])`.
+    pub(super) fn fwd(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
+        let (mut o, mut lse) = (self.bf16(q.shape()), output(self.gpu, &q.shape()[..3]));
+        let lens = upload_lens(self.gpu, self.lens);
+        let [q16, k16, v16] = [q, k, v].map(|x| x.to_dtype(DType::Bf16));
+        let args = [(&q16).into(), (&k16).into(), (&v16).into(), (&lens).into(), (&mut o).into(), (&mut lse).into()];
+        self.launch("dense_bf16_fwd", self.dims.t * self.dims.group(), self.width.fwd, 1, 4, 0, &args);
+        (o.to_dtype(q.dtype()), lse)
+    }
+
+    /// `(dq, dk, dv)`.
+    pub(super) fn bwd(&self, [dout, q, k, v, o, lse]: [&Tensor; 6]) -> (Tensor, Tensor, Tensor) {
+        let (mut dq, mut delta) = (self.bf16(q.shape()), output(self.gpu, lse.shape()));
+        let (mut dk, mut dv) = (self.bf16(k.shape()), self.bf16(v.shape()));
+        let lens = upload_lens(self.gpu, self.lens);
+        let dtype = q.dtype();
+        let [dout, q, k, v, o] = [dout, q, k, v, o].map(|x| x.to_dtype(DType::Bf16));
+        let factors: [Arg; 4] = [(&dout).into(), (&q).into(), (&k).into(), (&v).into()];
+        let Width { dq: at_dq, dkv: at_dkv, .. } = *self.width;
+
+        let rest: [Arg; 5] = [(&o).into(), lse.into(), (&lens).into(), (&mut dq).into(), (&mut delta).into()];
+        let args: Vec<Arg> = factors.into_iter().chain(rest).collect();
+        self.launch("dense_bf16_dq", self.dims.t * self.dims.group(), at_dq, 2, 5, TILE * at_dq, &args);
+
+        let rest: [Arg; 5] = [lse.into(), (&delta).into(), (&lens).into(), (&mut dk).into(), (&mut dv).into()];
+        let args: Vec<Arg> = factors.into_iter().chain(rest).collect();
+        self.launch("dense_bf16_dkv", self.dims.s, at_dkv, 2, 4, 4 * TILE, &args);
+        (dq.to_dtype(dtype), dk.to_dtype(dtype), dv.to_dtype(dtype))
+    }
+}
