@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use sluice_model::Policy;
+use sluice_spec::ModelConfig;
 use sluice_tensor::Device;
 use sluice_tensor::cuda::{Gpu, Libraries, Options, Precision, list};
 
@@ -35,12 +36,20 @@ impl DeviceArgs {
     }
 }
 
-/// Routing does not run on a GPU yet: say so before anything is computed.
-pub(crate) fn require_dense(device: &Device, policy: Policy) -> Result<()> {
+/// Say before anything is computed what the routed attention of a GPU does not serve.
+pub(crate) fn require_routable(device: &Device, model: &ModelConfig, policy: Policy) -> Result<()> {
+    let Some(gpu) = device.gpu().filter(|_| policy != Policy::Dense) else { return Ok(()) };
     ensure!(
-        *device == Device::Cpu || policy == Policy::Dense,
-        "policy {} does not run on a GPU yet; give --policy dense or --device cpu",
-        policy.name()
+        gpu.precision() == Precision::Bf16,
+        "policy {} on a GPU multiplies in bf16 only, found --precision {}; leave the option out, or give --device cpu for f32",
+        policy.name(),
+        gpu.precision().name()
+    );
+    ensure!(
+        matches!(model.head_dim, 64 | 128),
+        "policy {} on a GPU serves heads of 64 and 128, and this model has heads of {}; give --policy dense or --device cpu",
+        policy.name(),
+        model.head_dim
     );
     Ok(())
 }

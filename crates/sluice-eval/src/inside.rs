@@ -6,7 +6,7 @@ use sluice_kernels::{attention_mass, dense_attention, top_k_routing};
 use sluice_model::policy::{Policy, budget};
 use sluice_model::{AttentionPlan, Decoder};
 use sluice_spec::RoutingConfig;
-use sluice_tensor::Tensor;
+use sluice_tensor::{Device, Tensor};
 
 use crate::report::{Health, HeatMap, HeatRow, LayerHealth, Quantiles, Sample, SampleToken};
 
@@ -24,7 +24,7 @@ pub struct Inside {
 }
 
 struct LayerInside {
-    /// `[1, T, G]`.
+    /// `[1, T, G]`, in main memory.
     scores: Tensor,
     routed: Routing,
     /// Share of dense attention mass on kept and local keys.
@@ -43,11 +43,11 @@ impl Inside {
         let mut layers = Vec::new();
         for (index, layer) in model.layers.iter().enumerate() {
             let p = layer.project(&tape, &h, &positions);
-            let scores = layer.score(&tape, &p.x, &positions).value().clone();
+            let scores = layer.score(&tape, &p.x, &positions).value().to(&Device::Cpu);
             let routed = top_k_routing::route(&scores, &lens, &budget(routing));
             let (_, lse) = dense_attention::fwd(p.q.value(), p.k.value(), p.v.value(), 0, &lens);
             let mass = attention_mass::block_mass(p.q.value(), p.k.value(), &lse, routing.route_every, 1.0, &lens); // [1, blocks, G, S]
-            let kept_mass = kept_mass(&mass, &routed);
+            let kept_mass = kept_mass(&mass.to(&Device::Cpu), &routed);
             let (o, _) = plan.attend(&tape, layer, index, &h, &p, &lens);
             let block = layer.block_output(&tape, &o);
             h = layer.finish(&tape, &h, &block);

@@ -10,12 +10,12 @@ use sluice_autograd::Param;
 use sluice_model::decoder::is_gate;
 use sluice_model::{Decoder, Policy};
 use sluice_spec::RoutingConfig;
-use sluice_tensor::DType;
+use sluice_tensor::{DType, Device};
 
 use crate::quality::Compared;
 
 /// A folder of comparisons of one model. Each is a file named after everything that decides its numbers: weights (gates only
-/// where they decide), tokens, policy and budget. Deleting the folder costs time and nothing else.
+/// where they decide), tokens, policy, budget and a GPU's precision. Deleting the folder costs time and nothing else.
 pub struct Measured {
     folder: PathBuf,
     base: Sha256,
@@ -28,6 +28,10 @@ impl Measured {
         let mut base = Sha256::new();
         base.update(env!("CARGO_PKG_VERSION"));
         base.update(format!("{:?}", model.config));
+        // A GPU rounds factors in its own way.
+        if let Some(gpu) = model.device().gpu() {
+            base.update(gpu.precision().name());
+        }
         let (gates, rest): (Vec<_>, Vec<_>) = model.params().into_iter().partition(|param| is_gate(&param.name));
         rest.into_iter().for_each(|param| add(&mut base, param));
         let mut with_gates = base.clone();
@@ -67,9 +71,10 @@ impl Measured {
 
 fn add(digest: &mut Sha256, param: &Param) {
     digest.update(&param.name);
-    match param.value.dtype() {
-        DType::F32 => digest.update(bytemuck::cast_slice(param.value.f32())),
-        DType::Bf16 => digest.update(bytemuck::cast_slice(param.value.bf16())),
+    let value = param.value.to(&Device::Cpu);
+    match value.dtype() {
+        DType::F32 => digest.update(bytemuck::cast_slice(value.f32())),
+        DType::Bf16 => digest.update(bytemuck::cast_slice(value.bf16())),
     }
 }
 

@@ -3,7 +3,7 @@
 
 use sluice_autograd::{Param, Tape, Var};
 use sluice_kernels::rope::RopeStyle;
-use sluice_kernels::routed_attention::Routing;
+use sluice_kernels::routed_attention::PlacedRouting;
 use sluice_tensor::Tensor;
 
 use crate::policy::AttentionPlan;
@@ -154,7 +154,7 @@ impl Layer {
     }
 
     /// Routed attention `[B, T, H, D]` for a routing that somebody decided.
-    pub fn attend_routed(&self, tape: &Tape, p: &Projected, scores: Option<&Var>, temperature: f32, routing: &Routing) -> Var {
+    pub fn attend_routed(&self, tape: &Tape, p: &Projected, scores: Option<&Var>, temperature: f32, routing: &PlacedRouting) -> Var {
         let bias = if temperature > 0.0 { scores.map(|s| (s, temperature)) } else { None };
         tape.routed_attention(&p.q, &p.k, &p.v, bias, routing)
     }

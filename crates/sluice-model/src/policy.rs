@@ -6,11 +6,11 @@
 
 use serde::{Deserialize, Serialize};
 use sluice_autograd::{Tape, Var};
-use sluice_kernels::routed_attention::Routing;
+use sluice_kernels::routed_attention::PlacedRouting;
 use sluice_kernels::top_k_routing::{self, Budget};
 use sluice_kernels::{attention_mass, dense_attention};
 use sluice_spec::RoutingConfig;
-use sluice_tensor::Tensor;
+use sluice_tensor::{Device, Tensor};
 
 use crate::layer::{Layer, Projected};
 
@@ -107,7 +107,7 @@ impl AttentionPlan {
             let [_, t, _, _] = p.q.value().dims();
             let positions: Vec<u32> = (0..t as u32).collect();
             let scores = self.perturb(tape, layer.score(tape, &p.x, &positions), index); // [B, T, G]
-            let routing = top_k_routing::route(scores.value(), lens, &budget(&self.routing));
+            let routing = top_k_routing::route_in_place(scores.value(), lens, &budget(&self.routing));
             let temperature = self.routing.gate_temperature;
             let bias = (temperature > 0.0).then(|| tape.mark_sinks(&scores, &positions, self.routing.n_sink));
             let o = layer.attend_routed(tape, p, bias.as_ref(), temperature, &routing);
@@ -118,17 +118,18 @@ impl AttentionPlan {
     }
 
     /// Routing of a policy that has no gate.
-    fn baseline_routing(&self, layer: &Layer, index: usize, h: &Tensor, p: &Projected, lens: &[usize]) -> Routing {
+    fn baseline_routing(&self, layer: &Layer, index: usize, h: &Tensor, p: &Projected, lens: &[usize]) -> PlacedRouting {
         let [b, t, g, _] = p.k.value().dims();
         let budget = budget(&self.routing);
         match self.policy {
             Policy::Streaming | Policy::Random => {
                 let scores = (0..b).flat_map(|_| (0..t * g).map(|i| self.static_score(index, i / g, i % g))).collect();
-                top_k_routing::route(&Tensor::from_vec(scores, [b, t, g]), lens, &budget)
+                let scores = Tensor::from_vec(scores, [b, t, g]).to(&h.device());
+                top_k_routing::route_in_place(&scores, lens, &budget)
             }
             Policy::H2o => {
                 let (_, lse) = dense_attention::fwd(p.q.value(), p.k.value(), p.v.value(), 0, lens);
-                let mut seen = attention_mass::block_mass(p.q.value(), p.k.value(), &lse, budget.route_every, 1.0, lens); // [B, n_blocks, G, S]
+                let mut seen = attention_mass::block_mass(p.q.value(), p.k.value(), &lse, budget.route_every, 1.0, lens).to(&Device::Cpu); // [B, n_blocks, G, S]
                 let n_blocks = t.div_ceil(budget.route_every);
                 accumulate_blocks(seen.f32_mut(), b, n_blocks, g * t);
                 let seen = seen.f32();
@@ -137,10 +138,11 @@ impl AttentionPlan {
                     let at = ((bi * n_blocks + block.saturating_sub(1)) * g + gi) * t;
                     scores.copy_from_slice(&seen[at..at + scores.len()]);
                 })
+                .into()
             }
             Policy::Oracle => {
                 let scores = future_attention_labels(layer, h, p, lens, budget.window);
-                top_k_routing::route(&scores, lens, &budget)
+                top_k_routing::route_in_place(&scores, lens, &budget)
             }
             Policy::Dense | Policy::Gate => unreachable!("decided by the caller"),
         }
@@ -180,9 +182,9 @@ pub fn future_attention_labels(layer: &Layer, h: &Tensor, p: &Projected, lens: &
     let [b, t, g, _] = p.k.value().dims();
     let mut all = vec![f32::NEG_INFINITY; b * t * g];
     for (bi, of_sequence) in labels.iter().enumerate() {
-        all[bi * t * g..][..of_sequence.len()].copy_from_slice(of_sequence.f32());
+        all[bi * t * g..][..of_sequence.len()].copy_from_slice(of_sequence.to(&Device::Cpu).f32());
     }
-    Tensor::from_vec(all, [b, t, g])
+    Tensor::from_vec(all, [b, t, g]).to(&h.device())
 }
 
 /// The labels of [`future_attention_labels`] for chosen positions of each sequence, `[n_b, G]` each, given the

@@ -1,7 +1,7 @@
 //! Attention: the dense form and the routed one.
 
 use sluice_kernels::dense_attention;
-use sluice_kernels::routed_attention::{self, GateBias, Routing};
+use sluice_kernels::routed_attention::{GateBias, PlacedRouting};
 
 use crate::tape::{Tape, Var};
 
@@ -9,14 +9,10 @@ impl Tape {
     /// Attention of `q [B, T, H, D]` to the keys that `routing` names in `k`, `v [B, S, G, D]`. With `bias`, routed keys
     /// get a bias from their scores `[B, S, G]` at this temperature; the router's `tau` is a constant.
     #[track_caller]
-    pub fn routed_attention(&self, q: &Var, k: &Var, v: &Var, bias: Option<(&Var, f32)>, routing: &Routing) -> Var {
+    pub fn routed_attention(&self, q: &Var, k: &Var, v: &Var, bias: Option<(&Var, f32)>, routing: &PlacedRouting) -> Var {
         let gate_bias = bias.map(|(scores, temperature)| GateBias { scores: scores.value(), temperature });
-        let (o, lse) = routed_attention::fwd(q.value(), k.value(), v.value(), gate_bias, routing);
+        let (o, lse) = routing.fwd(q.value(), k.value(), v.value(), gate_bias);
         let inputs: Vec<&Var> = [q, k, v].into_iter().chain(bias.map(|(scores, _)| scores)).collect();
-        if !inputs.iter().any(|input| self.wants(input)) {
-            // Without this early exit every inference step would copy the routing.
-            return self.custom(&inputs, o, |_| unreachable!("nothing wants a gradient"));
-        }
         let scores_alone = ![q, k, v].into_iter().any(|input| self.wants(input));
         let kept = [q, k, v].map(|var| var.value().clone());
         let bias = bias.map(|(scores, temperature)| (scores.value().clone(), temperature));
@@ -25,10 +21,9 @@ impl Tape {
             let [q, k, v] = &kept;
             let gate_bias = bias.as_ref().map(|(scores, temperature)| GateBias { scores, temperature: *temperature });
             if let (true, Some(bias)) = (scores_alone, gate_bias) {
-                let dscores = routed_attention::bwd_scores(dout, q, k, v, &o_value, &lse, bias, &routing);
-                return vec![None, None, None, Some(dscores)];
+                return vec![None, None, None, Some(routing.bwd_scores(dout, q, k, v, &o_value, &lse, bias))];
             }
-            let grads = routed_attention::bwd(dout, q, k, v, &o_value, &lse, gate_bias, &routing);
+            let grads = routing.bwd(dout, q, k, v, &o_value, &lse, gate_bias);
             let mut gradients = vec![Some(grads.dq), Some(grads.dk), Some(grads.dv)];
             if bias.is_some() {
                 gradients.push(grads.dscores);

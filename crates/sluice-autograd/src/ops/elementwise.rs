@@ -57,19 +57,8 @@ impl Tape {
     #[track_caller]
     pub fn mark_sinks(&self, scores: &Var, positions: &[u32], n_sink: usize) -> Var {
         let marked = top_k_routing::mark_sinks(scores.value(), positions, n_sink);
-        let (t, g) = (positions.len(), marked.last_dim());
-        let is_sink: Vec<bool> = positions.iter().map(|&p| (p as usize) < n_sink).collect();
-        self.custom(&[scores], marked, move |dy| {
-            let mut dscores = dy.clone();
-            if is_sink.contains(&true) {
-                for (i, row) in dscores.f32_mut().chunks_exact_mut(g).enumerate() {
-                    if is_sink[i % t] {
-                        row.fill(0.0);
-                    }
-                }
-            }
-            vec![Some(dscores)]
-        })
+        let positions = positions.to_vec();
+        self.custom(&[scores], marked, move |dy| vec![Some(top_k_routing::mark_sinks_bwd(dy, &positions, n_sink))])
     }
 }
 

@@ -3,7 +3,7 @@
 
 use sluice_kernels::output_head::DistillTerms;
 use sluice_kernels::rope::RopeStyle;
-use sluice_kernels::routed_attention::Routing;
+use sluice_kernels::routed_attention::PlacedRouting;
 use sluice_kernels::top_k_routing::{self, Budget};
 use sluice_tensor::Tensor;
 use sluice_testkit::{Rng, assert_close, check_gradient, probe_weights};
@@ -40,8 +40,8 @@ fn inputs<const N: usize>(seed: u64, shapes: [&[usize]; N]) -> [Tensor; N] {
     })
 }
 
-fn routing(scores: &Tensor, lens: &[usize]) -> Routing {
-    top_k_routing::route(scores, lens, &Budget { window: 3, top_k: 4, route_every: 2, n_sink: 1 })
+fn routing(scores: &Tensor, lens: &[usize]) -> PlacedRouting {
+    top_k_routing::route_in_place(scores, lens, &Budget { window: 3, top_k: 4, route_every: 2, n_sink: 1 })
 }
 
 #[test]
@@ -176,7 +176,7 @@ impl Toy {
         tape.param(params.iter().find(|p| p.name == name).unwrap_or_else(|| panic!("no parameter {name}")))
     }
 
-    fn layer(params: &[Param], layer: usize, tape: &Tape, x: &Var, routing: &Routing) -> Var {
+    fn layer(params: &[Param], layer: usize, tape: &Tape, x: &Var, routing: &PlacedRouting) -> Var {
         let w = |name: &str| Self::param(params, tape, &format!("{layer}.{name}"));
         let positions: Vec<u32> = (0..Self::T as u32).collect();
         let h = tape.rms_norm(x, Some(&w("norm")), 1e-5);

@@ -62,7 +62,7 @@ fn nll(args: &NllArgs) -> Result<()> {
     let device = args.device.open()?;
     let mut loaded = models::load(&args.model, args.routing.gates.as_deref())?;
     let plan = args.routing.plan(&loaded)?;
-    device::require_dense(&device, plan.policy)?;
+    device::require_routable(&device, &loaded.model.config, plan.policy)?;
     loaded.model = loaded.model.to(&device);
     let text = std::fs::read_to_string(&args.text).with_context(|| format!("cannot read {} as UTF-8 text", args.text.display()))?;
     let ids = loaded.tokenizer.encode(&text);

@@ -20,6 +20,7 @@ mod cpu;
 mod cuda;
 pub(crate) mod gpu_routing;
 pub mod naive;
+mod placed;
 mod routing;
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,7 @@ mod tiles;
 use sluice_tensor::Tensor;
 
 pub use gpu_routing::GpuRouting;
+pub use placed::PlacedRouting;
 pub use routing::{Routing, Visibility};
 
 /// Gate scores that bias the logits of routed keys, the path by which a hard top-k is trained.
@@ -162,6 +164,21 @@ pub fn bwd_scores(
         return grads.dscores.expect("there is a bias");
     }
     cpu::bwd_scores(&dims, dout, q, k, v, o, lse, bias, routing)
+}
+
+/// [`bwd_scores`] with a routing that is on the GPU of the tensors.
+#[track_caller]
+pub fn bwd_scores_on_gpu(
+    dout: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    bias: GateBias<'_>,
+    routing: &GpuRouting,
+) -> Tensor {
+    bwd_on_gpu(dout, q, k, v, o, lse, Some(bias), routing).dscores.expect("there is a bias")
 }
 
 #[track_caller]

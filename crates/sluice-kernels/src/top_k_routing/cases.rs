@@ -3,7 +3,7 @@
 use sluice_tensor::{Device, Tensor};
 use sluice_testkit::Rng;
 
-use super::{Budget, mark_sinks, naive, route};
+use super::{Budget, mark_sinks, mark_sinks_bwd, naive, route};
 use crate::selftest::Check;
 
 #[derive(Clone, Copy)]
@@ -72,6 +72,9 @@ pub(crate) fn run(check: &mut Check<'_>) {
         let want: Vec<f32> =
             scores.f32().iter().enumerate().map(|(i, &s)| if i / heads % t < n_sink { f32::INFINITY } else { s }).collect();
         check.require("marked sinks", same_bits(&marked, &want));
+        let dscores = mark_sinks_bwd(&check.put(&scores), &positions, n_sink).to(&Device::Cpu);
+        let want: Vec<f32> = scores.f32().iter().enumerate().map(|(i, &s)| if i / heads % t < n_sink { 0.0 } else { s }).collect();
+        check.require("gradient of marked sinks", same_bits(&dscores, &want));
     }
 }
 

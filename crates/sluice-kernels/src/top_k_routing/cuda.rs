@@ -121,21 +121,22 @@ pub(super) fn route(gpu: &Arc<Gpu>, scores: &Tensor, lens: &[usize], budget: &Bu
     routing
 }
 
-pub(super) fn mark_sinks(gpu: &Arc<Gpu>, scores: &Tensor, positions: &[u32], n_sink: usize) -> Tensor {
-    let [_, t, g] = scores.dims();
+pub(super) fn with_sinks(gpu: &Arc<Gpu>, value: f32, x: &Tensor, positions: &[u32], n_sink: usize) -> Tensor {
+    let [_, t, g] = x.dims();
     let positions = or_raise(gpu.upload_slice(positions));
-    let mut marked = output(gpu, scores.shape());
-    let n = scores.len();
+    let mut filled = output(gpu, x.shape());
+    let n = x.len();
     let args = [
-        scores.into(),
+        x.into(),
         (&positions).into(),
-        (&mut marked).into(),
+        (&mut filled).into(),
         (n as u64).into(),
         (t as u32).into(),
         (g as u32).into(),
         (n_sink as u32).into(),
+        value.into(),
     ];
-    // SAFETY: `positions` has one number a row, `marked` the size of `scores`.
-    unsafe { run(gpu, &SOURCE, "mark_sinks", over_elements(n), &args) };
-    marked
+    // SAFETY: `positions` has one number a row, `filled` the size of `x`.
+    unsafe { run(gpu, &SOURCE, "with_sinks", over_elements(n), &args) };
+    filled
 }

@@ -23,7 +23,7 @@ pub use stream::{ChunkRouting, RouterState};
 use rayon::prelude::*;
 use sluice_tensor::Tensor;
 
-use crate::routed_attention::{GpuRouting, Routing, Visibility};
+use crate::routed_attention::{GpuRouting, PlacedRouting, Routing, Visibility};
 
 /// How much the router may keep, and how often it decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,24 +106,45 @@ pub fn route_on_gpu(scores: &Tensor, lens: &[usize], budget: &Budget) -> GpuRout
     cuda::route(gpu, scores, lens, budget)
 }
 
+/// [`route`] that leaves the routing where the scores are.
+#[track_caller]
+pub fn route_in_place(scores: &Tensor, lens: &[usize], budget: &Budget) -> PlacedRouting {
+    match scores.gpu() {
+        Some(_) => route_on_gpu(scores, lens, budget).into(),
+        None => route(scores, lens, budget).into(),
+    }
+}
+
 /// The scores with +inf in the first `n_sink` positions: what the kernel's gate bias wants, since a sink has none.
 /// `positions[t]` is the position of row `t` of `scores [B, T, G]`.
 #[track_caller]
 pub fn mark_sinks(scores: &Tensor, positions: &[u32], n_sink: usize) -> Tensor {
-    let [_, t, g] = scores.dims();
-    assert_eq!(t, positions.len(), "mark_sinks: scores {:?} with {} positions", scores.shape(), positions.len());
-    if let Some(gpu) = scores.gpu() {
-        return cuda::mark_sinks(gpu, scores, positions, n_sink);
+    with_sinks(f32::INFINITY, scores, positions, n_sink)
+}
+
+/// The backward of [`mark_sinks`]: gradients with 0 in the first `n_sink` positions.
+#[track_caller]
+pub fn mark_sinks_bwd(dmarked: &Tensor, positions: &[u32], n_sink: usize) -> Tensor {
+    with_sinks(0.0, dmarked, positions, n_sink)
+}
+
+#[track_caller]
+fn with_sinks(value: f32, x: &Tensor, positions: &[u32], n_sink: usize) -> Tensor {
+    let [_, t, g] = x.dims();
+    assert_eq!(t, positions.len(), "mark_sinks: rows {:?} with {} positions", x.shape(), positions.len());
+    if t == 0 || positions.iter().all(|&p| (p as usize) >= n_sink) {
+        return x.clone();
     }
-    let mut marked = scores.clone();
-    if t > 0 && positions.iter().any(|&p| (p as usize) < n_sink) {
-        for (i, row) in marked.f32_mut().chunks_exact_mut(g).enumerate() {
-            if (positions[i % t] as usize) < n_sink {
-                row.fill(f32::INFINITY);
-            }
+    if let Some(gpu) = x.gpu() {
+        return cuda::with_sinks(gpu, value, x, positions, n_sink);
+    }
+    let mut filled = x.clone();
+    for (i, row) in filled.f32_mut().chunks_exact_mut(g).enumerate() {
+        if (positions[i % t] as usize) < n_sink {
+            row.fill(value);
         }
     }
-    marked
+    filled
 }
 
 /// A causal routing from position 0 that keeps nothing yet.

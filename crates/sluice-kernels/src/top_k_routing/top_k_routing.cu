@@ -201,9 +201,9 @@ extern "C" __global__ __launch_bounds__(THREADS) void route_blocks(const float* 
     if (threadIdx.x == 0) tau[at] = worst ? score_of(worst) : __int_as_float(0xff800000);
 }
 
-// The scores with +inf where the row's position is a sink.
-extern "C" __global__ void mark_sinks(const float* scores, const u32* positions, float* marked, u64 n, u32 T, u32 G, u32 n_sink) {
+// The rows of `x` with `value` where the row's position is a sink.
+extern "C" __global__ void with_sinks(const float* x, const u32* positions, float* filled, u64 n, u32 T, u32 G, u32 n_sink, float value) {
     for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) {
-        marked[i] = positions[i / G % T] < n_sink ? __int_as_float(0x7f800000) : scores[i];
+        filled[i] = positions[i / G % T] < n_sink ? value : x[i];
     }
 }
