@@ -67,6 +67,18 @@ pub(crate) fn sum_to_scalar(x: &Tensor) -> Tensor {
     sum
 }
 
+/// The sum of `parts` tensors of `shape` that lie one after the other, added in order.
+pub(crate) fn sum_of_parts(partial: &Tensor, parts: usize, shape: impl Into<Vec<usize>>) -> Tensor {
+    let gpu = partial.gpu().expect("on the GPU");
+    let mut out = output(gpu, shape);
+    let n = out.len();
+    assert_eq!(partial.len(), parts * n, "{parts} parts of {n} elements in {:?}", partial.shape());
+    let args = [partial.into(), (&mut out).into(), (parts as u32).into(), (n as u64).into()];
+    // SAFETY: sizes were checked.
+    unsafe { run(gpu, &SOURCE, "sum_partials", over_elements(n), &args) };
+    out
+}
+
 /// `out[g, c] = sum over rows r of coefficients[r, g] row_scale[r] x[r, c] y[r, c]`, `[n_out, m]`, every factor but `x` optional.
 /// Rows are added in one order, whatever else runs.
 pub(crate) struct ColumnSums<'a> {
@@ -85,9 +97,8 @@ impl ColumnSums<'_> {
         let n_chunks = n_rows.div_ceil(ROWS_PER_CHUNK).clamp(1, 512);
         let per_chunk = n_rows.div_ceil(n_chunks);
         let mut partial = output(&gpu, [n_chunks, self.n_out, m]);
-        let mut out = output(&gpu, [self.n_out, m]);
         let grid = [m.div_ceil(32) as u32, n_chunks as u32, self.n_out as u32];
-        // SAFETY: inputs have `n_rows` rows of `m` (or 1, or `n_out`) elements, `partial` and `out` were made for the grid.
+        // SAFETY: inputs have `n_rows` rows of `m` (or 1, or `n_out`) elements, `partial` was made for the grid.
         unsafe {
             let args = [
                 self.x.into(),
@@ -100,10 +111,7 @@ impl ColumnSums<'_> {
                 (m as u32).into(),
             ];
             run(&gpu, &SOURCE, "partial_sums", grid, &args);
-            let n = self.n_out * m;
-            let args = [(&partial).into(), (&mut out).into(), (n_chunks as u32).into(), (n as u64).into()];
-            run(&gpu, &SOURCE, "sum_partials", over_elements(n), &args);
         }
-        out
+        sum_of_parts(&partial, n_chunks, [self.n_out, m])
     }
 }

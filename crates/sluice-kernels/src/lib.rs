@@ -3,18 +3,22 @@
 
 pub mod adamw;
 pub mod add;
+pub mod attention_label;
 pub mod attention_mass;
 mod attention_tile;
 pub mod cached_attention;
 pub mod dense_attention;
 pub mod embedding;
+pub mod gate_loss;
 pub mod gate_score;
 pub mod gelu;
 pub mod int8_linear;
 mod launch;
 pub mod layer_norm;
 pub mod linear;
+pub mod log_rank;
 pub mod output_head;
+pub mod ridge;
 pub mod rms_norm;
 pub mod rope;
 pub mod routed_attention;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use sluice_autograd::{Tape, Var};
 use sluice_kernels::routed_attention::PlacedRouting;
 use sluice_kernels::top_k_routing::{self, Budget};
-use sluice_kernels::{attention_mass, dense_attention};
+use sluice_kernels::{attention_label, attention_mass, dense_attention};
 use sluice_spec::RoutingConfig;
 use sluice_tensor::{Device, Tensor};
 
@@ -180,6 +180,11 @@ pub fn future_attention_labels(layer: &Layer, h: &Tensor, p: &Projected, lens: &
     let everything: Vec<Vec<u32>> = lens.iter().map(|&n| (0..n as u32).collect()).collect();
     let labels = future_attention_at(layer, h, p, &lse, &everything, lens, window);
     let [b, t, g, _] = p.k.value().dims();
+    if let [whole] = labels.as_slice()
+        && lens == [t]
+    {
+        return whole.reshape([1, t, g]);
+    }
     let mut all = vec![f32::NEG_INFINITY; b * t * g];
     for (bi, of_sequence) in labels.iter().enumerate() {
         all[bi * t * g..][..of_sequence.len()].copy_from_slice(of_sequence.to(&Device::Cpu).f32());
@@ -198,9 +203,9 @@ pub fn future_attention_at(
     lens: &[usize],
     window: usize,
 ) -> Vec<Tensor> {
-    let key_weight = squared_output_norms(layer, p.v.value()); // [B, S, H]
-    let query_weight: Vec<f32> = h.f32().chunks_exact(h.last_dim()).map(|row| 1.0 / squared_norm(row).max(1e-12)).collect(); // [B T]
-    let mut mass = attention_mass::future_mass(
+    let key_weight = attention_label::key_weight(&layer.attention.o_proj.weight.value, p.v.value()); // [B, S, H]
+    let query_weight = attention_label::query_weight(h); // [B, T]
+    let mass = attention_mass::future_mass(
         p.q.value(),
         p.k.value(),
         lse,
@@ -212,36 +217,7 @@ pub fn future_attention_at(
         2.0,
         lens,
     );
-    for of_sequence in &mut mass {
-        of_sequence.f32_mut().iter_mut().for_each(|m| *m = 0.5 * m.max(1e-24).ln());
-    }
-    mass
-}
-
-/// `|W_O,h v_j|^2` `[B, S, H]`: what the value of key `j` writes to the residual stream through head `h`.
-/// Through the Gram matrix of each head's slice of `W_O`, which costs `D^2` instead of `M D` per value.
-fn squared_output_norms(layer: &Layer, v: &Tensor) -> Tensor {
-    let [b, s, g, d] = v.dims();
-    let n_heads = layer.shape.n_heads;
-    let group = n_heads / g;
-    let w = layer.attention.o_proj.weight.value.to_dtype(sluice_tensor::DType::F32); // [M, H D]
-    let m = w.shape()[0];
-    let mut norms = vec![0.0; b * s * n_heads];
-    let mut gram = vec![0.0; d * d];
-    let mut projected = vec![0.0; b * s * d];
-    for head in 0..n_heads {
-        use sluice_tensor::gemm::{Mat, gemm};
-        let slice = Mat::with_row_stride(&w.f32()[head * d..], m, d, n_heads * d); // [M, D]
-        gemm(slice.t(), slice, &mut gram, d, false);
-        let values = Mat::with_row_stride(&v.f32()[head / group * d..], b * s, d, g * d); // [B S, D]
-        gemm(values, Mat::new(&gram, d, d), &mut projected, d, false);
-        for row in 0..b * s {
-            let value = &v.f32()[(row * g + head / group) * d..][..d];
-            let square: f32 = value.iter().zip(&projected[row * d..][..d]).map(|(a, b)| a * b).sum();
-            norms[row * n_heads + head] = square.max(0.0);
-        }
-    }
-    Tensor::from_vec(norms, [b, s, n_heads])
+    mass.iter().map(attention_label::label).collect()
 }
 
 fn accumulate_blocks(mass: &mut [f32], batch: usize, n_blocks: usize, per_block: usize) {
@@ -251,10 +227,6 @@ fn accumulate_blocks(mass: &mut [f32], batch: usize, n_blocks: usize, per_block:
             this[..per_block].iter_mut().zip(before).for_each(|(a, b)| *a += *b);
         }
     }
-}
-
-fn squared_norm(row: &[f32]) -> f32 {
-    row.iter().map(|x| x * x).sum::<f32>()
 }
 
 /// Hash of two numbers (SplitMix64 finaliser): the same on every machine and in every order of evaluation.

@@ -319,7 +319,7 @@ impl Distiller {
             let scores = scores.expect("the gate decided");
             let student = layer.block_output(&tape, &o);
             let features = tape.weighted_mse_rows(&student, block.value(), &weights);
-            let slopes = layer.gate.as_ref().expect("gates were added").recency.value.f32();
+            let slopes = &layer.gate.as_ref().expect("gates were added").recency.value;
             let rank = rank_labels(&samples[0], &labels[0], &routing, t);
             let loss = tape.add(&features, &gate_loss(&tape, &scores, slopes, rank, &self.config.gate_loss));
             total += features.value().item();
@@ -370,7 +370,7 @@ impl Distiller {
         let add = |sum: &mut Option<Var>, term: Var| *sum = Some(sum.take().map_or_else(|| term.clone(), |s| tape.add(&s, &term)));
         for (index, (kept, block)) in student.layers.iter().zip(&taught.blocks).enumerate() {
             add(&mut features, tape.weighted_mse_rows(&kept.block, block, &weights));
-            let slopes = self.model.layers[index].gate.as_ref().expect("gates were added").recency.value.f32();
+            let slopes = &self.model.layers[index].gate.as_ref().expect("gates were added").recency.value;
             let rank = rank_labels(&samples[0], &taught.labels[index], &routing, t);
             let scores = kept.scores.as_ref().expect("the gate decided");
             add(&mut gates, gate_loss(&tape, scores, slopes, rank, &self.config.gate_loss));

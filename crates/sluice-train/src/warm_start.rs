@@ -11,12 +11,12 @@
 use anyhow::{Result, bail};
 use rayon::prelude::*;
 use sluice_autograd::{Param, Tape};
-use sluice_kernels::{attention_mass, dense_attention, top_k_routing};
+use sluice_kernels::ridge::{RidgeSums, Sums};
+use sluice_kernels::{attention_mass, dense_attention, log_rank, top_k_routing};
 use sluice_model::policy::{self, HORIZON};
 use sluice_model::{Decoder, Layer};
 use sluice_spec::RoutingConfig;
 use sluice_tensor::Tensor;
-use sluice_tensor::gemm::{Mat, gemm};
 
 use crate::hash::mix;
 use crate::snapshot::State;
@@ -27,19 +27,9 @@ const SLOPES: [f32; 12] = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.5, 7.0, 12.0, 2
 
 /// Sums of the regression over all documents seen.
 pub struct WarmStart {
-    layers: Vec<LayerSums>,
+    layers: Vec<RidgeSums>,
     /// Documents added so far.
     pub documents: u64,
-}
-
-/// Normal equations of one layer; the last row and column belong to the intercept.
-struct LayerSums {
-    /// `[M + 1, M + 1]`.
-    xx: Vec<f64>,
-    /// `[M + 1, G]`.
-    xy: Vec<f64>,
-    /// `[G]` sum of squares of the label.
-    yy: Vec<f64>,
 }
 
 /// Sampling of the regression.
@@ -74,9 +64,8 @@ impl Sampling {
 impl WarmStart {
     /// Empty sums for a model.
     pub fn new(model: &Decoder) -> Self {
-        let (m, g) = (model.config.d_model + 1, model.config.n_kv_heads);
-        let layer = || LayerSums { xx: vec![0.0; m * m], xy: vec![0.0; m * g], yy: vec![0.0; g] };
-        Self { layers: model.layers.iter().map(|_| layer()).collect(), documents: 0 }
+        let layer = |_| RidgeSums::new(model.config.d_model, model.config.n_kv_heads);
+        Self { layers: model.layers.iter().map(layer).collect(), documents: 0 }
     }
 
     /// Run one document through the dense model and add its sampled positions. Returns how many there were.
@@ -89,20 +78,21 @@ impl WarmStart {
         let wanted = [positions];
         for_each_dense_layer(model, tokens, |index, layer, dense| {
             let y = policy::future_attention_at(layer, dense.h, dense.p, dense.lse, &wanted, &[tokens.len()], sampling.readers_from);
-            self.layers[index].add(dense.p.x.value(), layer.shape.norm_eps, &wanted[0], &minus_log_rank(&y[0]));
+            self.layers[index].add(dense.p.x.value(), layer.shape.norm_eps, &wanted[0], &log_rank::minus_log_rank(&y[0]));
         });
         wanted[0].len()
     }
 
     /// Solve the regressions and install the gates, slopes at zero. Returns the label's standard deviation `[L][G]`.
     pub fn install(&self, model: &mut Decoder, lambda: f64) -> Result<Vec<Vec<f32>>> {
-        if self.layers[0].samples() == 0.0 {
+        let sums: Vec<Sums> = self.layers.iter().map(RidgeSums::sums).collect();
+        if sums[0].samples() == 0.0 {
             bail!(
                 "no document was long enough to fit a gate: each needs more than the window plus {HORIZON} tokens; \
                  give longer texts or a longer context"
             );
         }
-        let solved: Vec<_> = self.layers.par_iter().map(|sums| sums.solve(lambda)).collect();
+        let solved: Vec<_> = sums.par_iter().map(|sums| solve(sums, lambda)).collect();
         let mut deviations = Vec::new();
         for (layer, (weight, bias, deviation)) in model.layers.iter_mut().zip(solved) {
             let gate = std::sync::Arc::make_mut(layer).gate.as_mut().expect("gates were added before fitting");
@@ -117,9 +107,10 @@ impl WarmStart {
     /// The sums, for a checkpoint.
     pub fn save_into(&self, state: &mut State) {
         for (i, layer) in self.layers.iter().enumerate() {
-            state.sums.insert(format!("stage0.{i}.xx"), layer.xx.clone());
-            state.sums.insert(format!("stage0.{i}.xy"), layer.xy.clone());
-            state.sums.insert(format!("stage0.{i}.yy"), layer.yy.clone());
+            let Sums { xx, xy, yy } = layer.sums();
+            for (name, sums) in [("xx", xx), ("xy", xy), ("yy", yy)] {
+                state.sums.insert(format!("stage0.{i}.{name}"), sums);
+            }
         }
     }
 
@@ -127,30 +118,14 @@ impl WarmStart {
     pub fn restore(&mut self, state: &mut State, documents: u64) -> Result<()> {
         self.documents = documents;
         for (i, layer) in self.layers.iter_mut().enumerate() {
-            for (name, sums) in [("xx", &mut layer.xx), ("xy", &mut layer.xy), ("yy", &mut layer.yy)] {
-                let key = format!("stage0.{i}.{name}");
-                match state.sums.remove(&key) {
-                    Some(saved) if saved.len() == sums.len() => *sums = saved,
-                    _ => bail!("the saved run lacks {key} or belongs to another model; start anew without --resume"),
-                }
+            let mut take = |name: &str| state.sums.remove(&format!("stage0.{i}.{name}")).unwrap_or_default();
+            let sums = Sums { xx: take("xx"), xy: take("xy"), yy: take("yy") };
+            if !layer.set(sums) {
+                bail!("the saved run lacks the sums of layer {i} or belongs to another model; start anew without --resume");
             }
         }
         Ok(())
     }
-}
-
-/// `-ln(rank / n)` of every label `[n, G]` among those of its KV head; rank 1 is the largest, ties in order of position.
-fn minus_log_rank(y: &Tensor) -> Tensor {
-    let [n, g] = y.dims();
-    let mut ranked = vec![0.0; n * g];
-    for head in 0..g {
-        let mut order: Vec<usize> = (0..n).collect();
-        order.sort_by(|&a, &b| y.f32()[b * g + head].total_cmp(&y.f32()[a * g + head]));
-        for (place, i) in order.into_iter().enumerate() {
-            ranked[i * g + head] = (n as f32 / (place + 1) as f32).ln();
-        }
-    }
-    Tensor::from_vec(ranked, [n, g])
 }
 
 /// Choose the recency slope of every gate head: the one whose routing keeps most of the attention that dense
@@ -255,51 +230,24 @@ fn kept_mass(mass: &Tensor, routing: &sluice_kernels::routed_attention::Routing)
         .collect()
 }
 
-impl LayerSums {
-    fn samples(&self) -> f64 {
-        self.xx[self.xx.len() - 1]
+/// Weights `[G, M]`, intercepts `[G]` and standard deviations of the label `[G]`.
+fn solve(sums: &Sums, lambda: f64) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let g = sums.yy.len();
+    let m1 = sums.xy.len() / g;
+    let mut a = sums.xx.clone();
+    (0..m1 - 1).for_each(|i| a[i * m1 + i] += lambda); // the intercept is not shrunk
+    let factor = cholesky(a, m1);
+    let n = sums.samples();
+    let (mut weight, mut bias, mut deviation) = (vec![0.0; g * (m1 - 1)], vec![0.0; g], vec![0.0; g]);
+    for head in 0..g {
+        let rhs: Vec<f64> = (0..m1).map(|i| sums.xy[i * g + head]).collect();
+        let solution = solve_cholesky(&factor, m1, rhs);
+        weight[head * (m1 - 1)..(head + 1) * (m1 - 1)].iter_mut().zip(&solution).for_each(|(w, s)| *w = *s as f32);
+        bias[head] = solution[m1 - 1] as f32;
+        let mean = sums.xy[(m1 - 1) * g + head] / n;
+        deviation[head] = (sums.yy[head] / n - mean * mean).max(0.0).sqrt() as f32;
     }
-
-    /// Add rows `positions` of the gate input `x [1, T, M]` with labels `y [n, G]`.
-    fn add(&mut self, x: &Tensor, eps: f32, positions: &[u32], y: &Tensor) {
-        let (m, g, n) = (x.last_dim(), y.last_dim(), positions.len());
-        let mut rows = vec![1.0; n * (m + 1)]; // the last column stays 1: the intercept
-        for (row, &position) in rows.chunks_exact_mut(m + 1).zip(positions) {
-            let input = &x.f32()[position as usize * m..][..m];
-            let inv_rms = (input.iter().map(|v| v * v).sum::<f32>() / m as f32 + eps).sqrt().recip();
-            row[..m].iter_mut().zip(input).for_each(|(r, v)| *r = v * inv_rms);
-        }
-        let rows = Mat::new(&rows, n, m + 1);
-        let mut xx = vec![0.0; (m + 1) * (m + 1)];
-        let mut xy = vec![0.0; (m + 1) * g];
-        gemm(rows.t(), rows, &mut xx, m + 1, false);
-        gemm(rows.t(), Mat::new(y.f32(), n, g), &mut xy, g, false);
-        self.xx.iter_mut().zip(xx).for_each(|(sum, v)| *sum += v as f64);
-        self.xy.iter_mut().zip(xy).for_each(|(sum, v)| *sum += v as f64);
-        for row in y.f32().chunks_exact(g) {
-            self.yy.iter_mut().zip(row).for_each(|(sum, v)| *sum += (v * v) as f64);
-        }
-    }
-
-    /// Weights `[G, M]`, intercepts `[G]` and standard deviations of the label `[G]`.
-    fn solve(&self, lambda: f64) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-        let g = self.yy.len();
-        let m1 = self.xy.len() / g;
-        let mut a = self.xx.clone();
-        (0..m1 - 1).for_each(|i| a[i * m1 + i] += lambda); // the intercept is not shrunk
-        let factor = cholesky(a, m1);
-        let n = self.samples();
-        let (mut weight, mut bias, mut deviation) = (vec![0.0; g * (m1 - 1)], vec![0.0; g], vec![0.0; g]);
-        for head in 0..g {
-            let rhs: Vec<f64> = (0..m1).map(|i| self.xy[i * g + head]).collect();
-            let solution = solve_cholesky(&factor, m1, rhs);
-            weight[head * (m1 - 1)..(head + 1) * (m1 - 1)].iter_mut().zip(&solution).for_each(|(w, s)| *w = *s as f32);
-            bias[head] = solution[m1 - 1] as f32;
-            let mean = self.xy[(m1 - 1) * g + head] / n;
-            deviation[head] = (self.yy[head] / n - mean * mean).max(0.0).sqrt() as f32;
-        }
-        (weight, bias, deviation)
-    }
+    (weight, bias, deviation)
 }
 
 /// Lower factor of a symmetric positive definite `[n, n]`, in place.
@@ -361,10 +309,10 @@ mod tests {
                 dot * inv_rms[i / g] + 3.0
             })
             .collect();
-        let mut sums = LayerSums { xx: vec![0.0; (m + 1) * (m + 1)], xy: vec![0.0; (m + 1) * g], yy: vec![0.0; g] };
+        let mut sums = RidgeSums::new(m, g);
         let positions: Vec<u32> = (0..n as u32).collect();
         sums.add(&x, 0.0, &positions, &Tensor::from_vec(y, [n, g]));
-        let (weight, bias, deviation) = sums.solve(1e-3);
+        let (weight, bias, deviation) = solve(&sums.sums(), 1e-3);
         sluice_testkit::assert_close("weight", &weight, truth.f32(), 1e-3);
         sluice_testkit::assert_close("bias", &bias, &[3.0, 3.0], 1e-3);
         assert!(deviation.iter().all(|d| *d > 1.0 && *d < 10.0), "{deviation:?}");
@@ -374,7 +322,7 @@ mod tests {
     fn labels_become_the_logarithm_of_their_rank_per_head() {
         let y = Tensor::from_vec(vec![-9.0, 0.5, 3.0, 0.1, -1.0, 0.4, 7.0, 0.3], [4, 2]);
         let want = [(4.0, 1.0), (2.0, 4.0), (3.0, 2.0), (1.0, 3.0f32)].map(|(a, b): (f32, f32)| [(4.0 / a).ln(), (4.0 / b).ln()]);
-        assert_eq!(minus_log_rank(&y).f32(), want.as_flattened());
+        assert_eq!(log_rank::minus_log_rank(&y).f32(), want.as_flattened());
     }
 
     #[test]

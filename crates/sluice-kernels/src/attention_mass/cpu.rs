@@ -71,7 +71,7 @@ pub(super) fn future_mass(
 }
 
 /// Cut the keys, `order`ed by position, into runs of at most `KEYS` keys over at most `span` positions.
-fn tiles<'a>(order: &'a [usize], positions: &[u32], span: usize) -> Vec<&'a [usize]> {
+pub(super) fn tiles<'a>(order: &'a [usize], positions: &[u32], span: usize) -> Vec<&'a [usize]> {
     let mut tiles = vec![];
     let mut rest = order;
     while let Some(&first) = rest.first() {

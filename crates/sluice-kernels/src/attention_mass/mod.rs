@@ -2,13 +2,14 @@
 //! predict ([`future_mass`]) and the score of an attention-sum router ([`block_mass`]).
 //!
 //! `a_tj = exp(q_t . k_j / sqrt(D) - lse_t)` is the attention of dense causal attention, of which the forward pass
-//! left `lse`. Knows nothing about gates or labels' logarithms.
+//! left `lse`; on a GPU its factors are f32 in every precision. Knows nothing about gates or labels' logarithms.
 
+pub(crate) mod cases;
 mod cpu;
+mod cuda;
+pub mod naive;
 mod tile;
 
-#[cfg(test)]
-mod naive;
 #[cfg(test)]
 mod tests;
 
@@ -18,15 +19,15 @@ use sluice_tensor::Tensor;
 ///
 /// For each `j` of `positions[b]` and each KV head: the sum over the queries `t` in
 /// `[j + window, min(j + window + horizon, lens[b]))` and over the query heads `h` of the group of
-/// `a_tj^power * key_weight[b, j, h] * query_weight[b * T + t]`. `q [B, T, H, D]`, `k [B, T, G, D]`, `lse [B, T, H]`,
-/// `key_weight [B, T, H]`. Returns `[n_b, G]` per sequence, in the order of `positions[b]`.
+/// `a_tj^power * key_weight[b, j, h] * query_weight[b, t]`. `q [B, T, H, D]`, `k [B, T, G, D]`, `lse [B, T, H]`,
+/// `key_weight [B, T, H]`, `query_weight [B, T]`. Returns `[n_b, G]` per sequence, in the order of `positions[b]`.
 #[track_caller]
 pub fn future_mass(
     q: &Tensor,
     k: &Tensor,
     lse: &Tensor,
     key_weight: Option<&Tensor>,
-    query_weight: Option<&[f32]>,
+    query_weight: Option<&Tensor>,
     positions: &[Vec<u32>],
     window: usize,
     horizon: usize,
@@ -38,12 +39,16 @@ pub fn future_mass(
         assert_eq!(w.shape(), lse.shape(), "future_mass: key_weight with q {:?}", q.shape());
     }
     if let Some(w) = query_weight {
-        assert_eq!(w.len(), dims.batch * dims.t, "future_mass: query_weight with q {:?}", q.shape());
+        assert_eq!(w.shape(), [dims.batch, dims.t], "future_mass: query_weight with q {:?}", q.shape());
     }
     assert_eq!(positions.len(), dims.batch, "future_mass: lists of positions with q {:?}", q.shape());
     let last = positions.iter().flatten().max();
     assert!(last.is_none_or(|&p| (p as usize) < dims.t), "future_mass: position {last:?} is outside k {:?}", k.shape());
-    cpu::future_mass(&dims, q.f32(), k.f32(), lse.f32(), key_weight.map(Tensor::f32), query_weight, positions, window, horizon, power, lens)
+    if let Some(gpu) = q.gpu() {
+        return cuda::future_mass(gpu, &dims, [q, k, lse], key_weight, query_weight, positions, window, horizon, power, lens);
+    }
+    let (key_weight, query_weight) = (key_weight.map(Tensor::f32), query_weight.map(Tensor::f32));
+    cpu::future_mass(&dims, q.f32(), k.f32(), lse.f32(), key_weight, query_weight, positions, window, horizon, power, lens)
 }
 
 /// Attention that each key receives from each block of `route_every` queries, `a_tj^power` summed over the block and the
@@ -52,6 +57,9 @@ pub fn future_mass(
 pub fn block_mass(q: &Tensor, k: &Tensor, lse: &Tensor, route_every: usize, power: f32, lens: &[usize]) -> Tensor {
     let dims = Dims::of("block_mass", q, k, lse, lens);
     assert!(route_every > 0, "block_mass: blocks of 0 queries");
+    if let Some(gpu) = q.gpu() {
+        return cuda::block_mass(gpu, &dims, [q, k, lse], route_every, power, lens);
+    }
     cpu::block_mass(&dims, q.f32(), k.f32(), lse.f32(), route_every, power, lens)
 }
 

@@ -11,12 +11,13 @@ fn attention(q: &Tensor, k: &Tensor, lse: &Tensor, b: usize, h: usize, t: usize,
     (dot / (d as f64).sqrt() - lse.f32()[(b * len + t) * n_heads + h] as f64).exp()
 }
 
-pub(super) fn future_mass(
+/// `[n_b, G]` per sequence.
+pub fn future_mass(
     q: &Tensor,
     k: &Tensor,
     lse: &Tensor,
     key_weight: Option<&Tensor>,
-    query_weight: Option<&[f32]>,
+    query_weight: Option<&Tensor>,
     positions: &[Vec<u32>],
     window: usize,
     horizon: usize,
@@ -32,7 +33,7 @@ pub(super) fn future_mass(
             for h in 0..n_heads {
                 for t in j + window..(j + window + horizon).min(lens[b]) {
                     let of_key = key_weight.map_or(1.0, |w| w.f32()[(b * len + j) * n_heads + h] as f64);
-                    let of_query = query_weight.map_or(1.0, |w| w[b * len + t] as f64);
+                    let of_query = query_weight.map_or(1.0, |w| w.f32()[b * len + t] as f64);
                     mass[i * n_kv_heads + h / (n_heads / n_kv_heads)] +=
                         attention(q, k, lse, b, h, t, j).powf(power as f64) * of_key * of_query;
                 }
@@ -43,7 +44,8 @@ pub(super) fn future_mass(
     result
 }
 
-pub(super) fn block_mass(q: &Tensor, k: &Tensor, lse: &Tensor, route_every: usize, power: f32, lens: &[usize]) -> Vec<f64> {
+/// `[B, n_blocks, G, T]`.
+pub fn block_mass(q: &Tensor, k: &Tensor, lse: &Tensor, route_every: usize, power: f32, lens: &[usize]) -> Vec<f64> {
     let ([batch, len, n_heads, _], [_, _, n_kv_heads, _]) = (q.dims(), k.dims());
     let n_blocks = len.div_ceil(route_every);
     let mut mass = vec![0.0; batch * n_blocks * n_kv_heads * len];

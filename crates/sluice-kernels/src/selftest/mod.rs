@@ -45,6 +45,11 @@ const OPS: &[(&str, Cases)] = &[
     ("add", crate::add::cases::run),
     ("swiglu", crate::swiglu::cases::run),
     ("output_head", crate::output_head::cases::run),
+    ("attention_label", crate::attention_label::cases::run),
+    ("attention_mass", crate::attention_mass::cases::run),
+    ("log_rank", crate::log_rank::cases::run),
+    ("ridge", crate::ridge::cases::run),
+    ("gate_loss", crate::gate_loss::cases::run),
     ("weighted_mse", crate::weighted_mse::cases::run),
     ("adamw", crate::adamw::cases::run),
 ];
