@@ -11,6 +11,7 @@ use sluice_eval::recall::recall_rows;
 use sluice_eval::report::{CostRow, CostSide, CostTable, CurvePoint, Curves, Recall, Report, RunSummary, StageCurve, StageRun};
 use sluice_model::{AttentionPlan, Cache, Decoder, Policy, cost};
 use sluice_spec::RoutingConfig;
+use sluice_tensor::Device;
 use sluice_train::distill::{Distiller, StepReport};
 
 use crate::commands::devices::cpu_name;
@@ -158,8 +159,9 @@ fn curves(reports: &[StepReport]) -> Curves {
     Curves { stages, ..Curves::default() }
 }
 
-/// Counted cost at several contexts; measured speed at the one of the run.
+/// Counted cost at several contexts; speed at the one of the run, measured on the CPU, where a bounded cache decodes.
 fn costs(model: &Decoder, routing: &RoutingConfig, context: usize) -> CostTable {
+    let model = &model.clone().to(&Device::Cpu);
     let rows = [context / 4, context, 4 * context, 16 * context, 256 * context].into_iter().map(|n| {
         let (dense, routed) = (cost::dense(&model.config, n), cost::routed(&model.config, routing, n));
         let side = |c: cost::Cost, policy| {

@@ -143,8 +143,9 @@ impl Decoder {
             GateHeads::KvHead => self.config.n_kv_heads,
             GateHeads::Shared => 1,
         };
+        let device = self.device();
         for (i, layer) in self.layers.iter_mut().enumerate() {
-            let param = |name, shape: Vec<usize>| Param { name, value: Tensor::zeros(shape), trainable: false };
+            let param = |name, shape: Vec<usize>| Param { name, value: Tensor::zeros_on(&device, shape), trainable: false };
             Arc::make_mut(layer).gate = Some(Gate {
                 weight: param(names::gate_weight(i), vec![heads, self.config.d_model]),
                 bias: param(names::gate_bias(i), vec![heads]),
@@ -155,8 +156,9 @@ impl Decoder {
 
     /// Install loaded gates; their shapes were checked against this base model when they were read.
     pub fn set_gates(&mut self, gates: &Gates) {
+        let device = self.device();
         for (i, (layer, tensors)) in self.layers.iter_mut().zip(&gates.layers).enumerate() {
-            let param = |name, value: &Tensor| Param { name, value: value.clone(), trainable: false };
+            let param = |name, value: &Tensor| Param { name, value: value.to(&device), trainable: false };
             Arc::make_mut(layer).gate = Some(Gate {
                 weight: param(names::gate_weight(i), &tensors.weight),
                 bias: param(names::gate_bias(i), &tensors.bias),
@@ -165,11 +167,12 @@ impl Decoder {
         }
     }
 
-    /// The gates as plain tensors for a gate file; none unless every layer has one.
+    /// The gates as plain tensors in main memory, for a gate file; none unless every layer has one.
     pub fn gates(&self, routing: RoutingConfig, note: impl Into<String>) -> Option<Gates> {
         let layers = self.layers.iter().map(|layer| {
             let gate = layer.gate.as_ref()?;
-            Some(GateTensors { weight: gate.weight.value.clone(), bias: gate.bias.value.clone(), recency: gate.recency.value.clone() })
+            let [weight, bias, recency] = [&gate.weight, &gate.bias, &gate.recency].map(|param| param.value.to(&Device::Cpu));
+            Some(GateTensors { weight, bias, recency })
         });
         Some(Gates { routing, layers: layers.collect::<Option<_>>()?, note: note.into() })
     }
@@ -275,9 +278,9 @@ impl Decoder {
         }
     }
 
-    /// Base weights by their Hugging Face names, gates left out.
+    /// Base weights by their Hugging Face names, in main memory, gates left out.
     pub fn base_tensors(&self) -> BTreeMap<String, Tensor> {
-        self.params().into_iter().filter(|p| !is_gate(&p.name)).map(|p| (p.name.clone(), p.value.clone())).collect()
+        self.params().into_iter().filter(|p| !is_gate(&p.name)).map(|p| (p.name.clone(), p.value.to(&Device::Cpu))).collect()
     }
 }
 

@@ -4,6 +4,8 @@
 //! steps, so that easy tokens lead and none is left out for good. Tokens that far context made likelier count more:
 //! only they tell the gate anything.
 
+use crate::hash::uniform;
+
 /// How hard one token is.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Difficulty {
@@ -26,8 +28,7 @@ const LONG_RANGE: (f32, f32) = (2.0, 5.0);
 pub(crate) fn weight(token: &Difficulty, step: u64, steps: u64, hash: u64) -> f32 {
     let progress = step as f32 / (0.5 * steps as f32).max(1.0);
     let share = FIRST_SHARE + (1.0 - FIRST_SHARE) * progress.min(1.0);
-    let drawn = (hash >> 40) as f32 / (1u64 << 24) as f32;
-    if token.max_prob <= CONFIDENT && drawn >= share {
+    if token.max_prob <= CONFIDENT && uniform(hash) >= share {
         return 0.0;
     }
     if token.long_range_gain > LONG_RANGE.0 { LONG_RANGE.1 } else { 1.0 }

@@ -21,12 +21,18 @@ pub struct DistillConfig {
     pub routing: RoutingConfig,
     /// Total budgets that one student shall serve; one is drawn at random per step after the ramp.
     pub budgets: Vec<usize>,
+    /// Documents whose gradients are averaged into one update, in the stages that pass through the stack.
+    pub documents_per_step: usize,
+    /// Keep only the residual stream between layers in those stages and recompute the rest in backward.
+    pub checkpoint: bool,
     /// Closed form.
     pub stage0: Stage0,
     /// Features.
     pub stage1: Stage1,
     /// Logits.
     pub stage2: Stage2,
+    /// Generalisation.
+    pub stage3: Stage3,
     /// Ramp, temperature and noise.
     pub schedule: Schedule,
     /// Losses on the scores.
@@ -88,6 +94,23 @@ pub struct Stage2 {
     pub long_range: bool,
 }
 
+/// Stage 3, generalisation: logits as in stage 2, gates alone, with noise on their scores; in some documents the student
+/// also answers for embeddings moved in the direction that hurts it most.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Stage3 {
+    /// Steps.
+    pub steps: u64,
+    /// Peak learning rate of the gates.
+    pub gate_lr: f32,
+    /// Share of the documents that are attacked.
+    pub adversarial_share: f32,
+    /// Length of the attack on a token, as a share of the typical length of an embedding.
+    pub radius: f32,
+    /// Gumbel noise on the scores as a multiple of `T_g`.
+    pub noise: f32,
+}
+
 /// What changes over the steps of a stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -109,9 +132,12 @@ impl Default for DistillConfig {
             context: 4096,
             routing: RoutingConfig::default(),
             budgets: vec![256, 512, 1024, 2048],
+            documents_per_step: 1,
+            checkpoint: true,
             stage0: Stage0::default(),
             stage1: Stage1::default(),
             stage2: Stage2::default(),
+            stage3: Stage3::default(),
             schedule: Schedule::default(),
             gate_loss: GateLossTerms::default(),
             optimizer: OptimizerConfig::default(),
@@ -147,6 +173,12 @@ impl Default for Stage2 {
     }
 }
 
+impl Default for Stage3 {
+    fn default() -> Self {
+        Self { steps: 0, gate_lr: 1e-4, adversarial_share: 0.2, radius: 0.05, noise: 0.5 }
+    }
+}
+
 impl Default for Schedule {
     fn default() -> Self {
         Self { ramp: 0.6, temperature_from: 1.0, temperature_to: 0.1, noise: 0.1 }
@@ -173,6 +205,7 @@ impl DistillConfig {
         for &kv_budget in &self.budgets {
             self.routing.with_kv_budget(kv_budget)?;
         }
+        ensure!(self.documents_per_step >= 1, "documents_per_step is 0; a step needs at least one document");
         let labelled_from = self.routing.window.max(self.stage0.readers_from) + HORIZON + self.routing.n_sink;
         ensure!(
             self.stage0.documents == 0 || self.context > labelled_from,
@@ -195,6 +228,9 @@ impl DistillConfig {
         if !stages.contains(&2) {
             (self.stage2.gate_steps, self.stage2.all_steps) = (0, 0);
         }
+        if !stages.contains(&3) {
+            self.stage3.steps = 0;
+        }
     }
 
     /// The run as a list of items.
@@ -207,6 +243,7 @@ impl DistillConfig {
         plan.extend((0..self.stage1.end_to_end_steps).map(Work::EndToEnd));
         plan.extend((0..self.stage2.gate_steps).map(Work::Logits));
         plan.extend((0..self.stage2.all_steps).map(Work::LogitsAll));
+        plan.extend((0..self.stage3.steps).map(Work::Generalise));
         plan
     }
 }

@@ -16,7 +16,7 @@ use sluice_kernels::{attention_mass, dense_attention, log_rank, top_k_routing};
 use sluice_model::policy::{self, HORIZON};
 use sluice_model::{Decoder, Layer};
 use sluice_spec::RoutingConfig;
-use sluice_tensor::Tensor;
+use sluice_tensor::{Device, Tensor};
 
 use crate::hash::mix;
 use crate::snapshot::State;
@@ -148,11 +148,13 @@ impl SlopeSearch {
         let n_heads = model.config.n_kv_heads;
         for_each_dense_layer(model, tokens, |index, layer, dense| {
             let positions: Vec<u32> = (0..tokens.len() as u32).collect();
-            let content = layer.score(&Tape::frozen(), &dense.p.x, &positions); // [1, T, G], slope still zero
+            // [1, T, G], slope still zero. Many routings of one document: chosen and judged in main memory.
+            let content = layer.score(&Tape::frozen(), &dense.p.x, &positions).value().to(&Device::Cpu);
             let (q, k) = (dense.p.q.value(), dense.p.k.value());
-            let masses = [1.0, 2.0].map(|power| attention_mass::block_mass(q, k, dense.lse, routing.route_every, power, &[tokens.len()]));
+            let mass = |power| attention_mass::block_mass(q, k, dense.lse, routing.route_every, power, &[tokens.len()]);
+            let masses = [1.0, 2.0].map(|power| mass(power).to(&Device::Cpu));
             for (si, slope) in SLOPES.into_iter().enumerate() {
-                let mut scores = content.value().clone();
+                let mut scores = content.clone();
                 for (i, s) in scores.f32_mut().iter_mut().enumerate() {
                     let deviation = deviations[index][(i % n_heads).min(deviations[index].len() - 1)];
                     *s += slope * deviation * (i / n_heads) as f32 / 1024.0;
@@ -279,7 +281,7 @@ fn solve_cholesky(l: &[f64], n: usize, mut b: Vec<f64>) -> Vec<f64> {
 }
 
 fn set(param: &mut Param, values: Vec<f32>) {
-    param.value = Tensor::from_vec(values, param.value.shape());
+    param.value = Tensor::from_vec(values, param.value.shape()).to(&param.value.device());
 }
 
 /// Average `n` rows into one when a gate is shared by the KV heads; a mean of linear fits is the fit of the mean.

@@ -44,6 +44,9 @@ fn config() -> DistillConfig {
     config.stage1.end_to_end_steps = 1;
     config.stage2.gate_steps = 1;
     config.stage2.all_steps = 2;
+    config.stage3.steps = 2;
+    config.stage3.adversarial_share = 0.6;
+    config.documents_per_step = 2;
     config
 }
 
@@ -65,7 +68,7 @@ fn killed_and_resumed_after_every_item_ends_in_the_same_bits() {
     while let Some(report) = straight.step().unwrap() {
         losses.extend(report.loss);
     }
-    assert_eq!(losses.len(), 6, "two layer-local steps, one end to end, one with logits, two with all weights");
+    assert_eq!(losses.len(), 8, "two layer-local steps, one end to end, one with logits, two with all weights, two under attack");
     assert!(losses.iter().all(|l| l.is_finite()));
     assert_ne!(bits(&straight), bits(&start()), "the run changed nothing");
 
@@ -83,7 +86,7 @@ fn killed_and_resumed_after_every_item_ends_in_the_same_bits() {
         resumed.save(&state).unwrap();
         items += 1;
     }
-    assert_eq!(items, 9);
+    assert_eq!(items, 11);
 }
 
 #[test]

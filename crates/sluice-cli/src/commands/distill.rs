@@ -11,6 +11,7 @@ use sluice_tensor::DType;
 use sluice_train::distill::{Distiller, StepReport};
 use sluice_train::distill_config::DistillConfig;
 
+use crate::device::{self, DeviceArgs};
 use crate::distill_data::DistillData;
 use crate::distill_report::{self, ReportPlan};
 use crate::models::{self, TINY};
@@ -38,7 +39,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N")]
     budget: Option<usize>,
     /// Stages to run [default: those of the settings]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=2), num_args = 1..)]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=3), num_args = 1..)]
     stage: Vec<u8>,
     /// Training texts (UTF-8, documents separated by form feeds) instead of the embedded ones
     #[arg(long, value_name = "FILE", num_args = 1..)]
@@ -62,6 +63,8 @@ pub(crate) struct Args {
     /// Skip the report's measurements
     #[arg(long)]
     no_report: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Print what the run would take and stop
     #[arg(long)]
     dry_run: bool,
@@ -94,9 +97,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if state.exists() && !args.resume {
         bail!("{} holds a run already; continue it with --resume, or give another --out", args.out.display());
     }
+    let device = args.device.open()?;
+    device::require_routable(&device, &loaded.model.config, Policy::Gate)?;
     let data = DistillData::new(&loaded, &args.text, &args.eval_text, config.context)?;
     eprintln!("{}", toml_of(&config)?);
-    let mut distiller = Distiller::new(loaded.model.clone(), teacher.map(|t| t.model), config, data.training.clone())?;
+    let mut distiller =
+        Distiller::new(loaded.model.clone().to(&device), teacher.map(|t| t.model.to(&device)), config, data.training.clone())?;
     if args.resume && distiller.resume(&state)? {
         let (done, all) = distiller.progress();
         eprintln!("continuing after {done} of {all} items");
