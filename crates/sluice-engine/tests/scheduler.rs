@@ -216,6 +216,33 @@ fn a_prompt_that_was_read_before_is_not_read_again() {
 }
 
 #[test]
+fn what_one_owner_sent_makes_no_prompt_of_another_faster() {
+    let text = tokens(200);
+    let mut solo = engine(1, 48, 1);
+    let mut scheduler = scheduler(1, 2, Limits { prefixes: 30, ..Limits::default() });
+    let branch = [&text[..100], &text[150..]].concat();
+    // The whole prompt, and one that shares a beginning, where a place to store would be taken from the other's.
+    for (owner, prompt, cached) in [
+        (1, &text[..150], 0),
+        (2, &text[..150], 0),
+        (1, &text[..150], 128),
+        (2, &text[..150], 128),
+        (3, &branch[..], 0),
+        (3, &branch[..101], 0),
+        (1, &branch[..], 0),
+        (1, &branch[..101], 100),
+    ] {
+        let request = Request { owner, ..Request::new(prompt.to_vec(), 6) };
+        let id = scheduler.submit(request.clone()).unwrap();
+        let outcome = Outcome::default().run(&mut scheduler);
+        assert_eq!(outcome.cached[&id], cached, "owner {owner}, {} tokens", prompt.len());
+        let read: usize = outcome.passes.iter().map(|pass| pass.prompt_tokens).sum();
+        assert_eq!(read, prompt.len() - cached);
+        assert_eq!(outcome.tokens[&(id, 0)], alone(&mut solo, &request).0);
+    }
+}
+
+#[test]
 fn forks_read_the_prompt_once_and_differ() {
     let warm = SamplingConfig { temperature: 1.5, seed: 7, ..SamplingConfig::default() };
     let request = Request { choices: 3, sampling: warm, ..Request::new(tokens(100), 12) };

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::rejection::PathRejection;
-use axum::extract::{MatchedPath, Path, Request, State};
+use axum::extract::{Extension, MatchedPath, Path, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::sse::{KeepAlive, Sse};
@@ -23,6 +23,8 @@ use crate::answer::{Answer, EventStream, Labels};
 use crate::api::{
     ChatRequest, Completion, CompletionRequest, Deleted, ModelEntry, ModelList, SessionEntry, SessionList, SessionRequest, parse,
 };
+use crate::auth::Tenant;
+use crate::connections;
 use crate::error::{ApiError, ErrorBody};
 use crate::metrics::{Metrics, RouteLabels};
 use crate::plan::{self, ModelFacts, Plan, SessionStateView};
@@ -77,12 +79,13 @@ impl App {
         }
     }
 
-    fn submit(&self, plan: &mut Plan) -> Result<Job, ApiError> {
+    fn submit(&self, tenant: Tenant, plan: &mut Plan) -> Result<Job, ApiError> {
         if self.is_draining() {
             return Err(ApiError::unavailable("the server is shutting down"));
         }
         let empty = sluice_engine::scheduler::Request::new(Vec::new(), 0);
-        let request = std::mem::replace(&mut plan.request, empty);
+        let mut request = std::mem::replace(&mut plan.request, empty);
+        request.owner = tenant.0.into();
         self.worker.submit(request, std::mem::take(&mut plan.stops)).map_err(|failure| match failure {
             SubmitFailure::Busy => ApiError::busy(),
             SubmitFailure::Dead => ApiError::unavailable("the engine has stopped"),
@@ -95,12 +98,14 @@ fn now() -> u64 {
 }
 
 type Shared = State<Arc<App>>;
+/// Whose key let a request in.
+type Sender = Extension<Tenant>;
 
 /// Serve until `shutdown` completes and running answers are told, or the time for that is over.
 pub(crate) async fn run(app: Arc<App>, listener: TcpListener, shutdown: impl Future<Output = ()> + Send + 'static) -> std::io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    let drain = app.config.drain;
+    let (drain, limits) = (app.config.drain, app.config.connections);
     let (stopping, stopped) = tokio::sync::oneshot::channel();
     let own = Arc::clone(&app);
     let shutdown = async move {
@@ -109,7 +114,7 @@ pub(crate) async fn run(app: Arc<App>, listener: TcpListener, shutdown: impl Fut
         tracing::info!("draining");
         let _ = stopping.send(());
     };
-    let serving = axum::serve(listener, router(app)).with_graceful_shutdown(shutdown);
+    let serving = connections::serve(listener, router(app), limits, shutdown);
     let overdue = async move {
         // Without the signal there is no deadline.
         match stopped.await {
@@ -118,12 +123,10 @@ pub(crate) async fn run(app: Arc<App>, listener: TcpListener, shutdown: impl Fut
         }
     };
     tokio::select! {
-        result = serving.into_future() => result,
-        () = overdue => {
-            tracing::warn!(seconds = drain.as_secs(), "not everything was answered in time");
-            Ok(())
-        }
+        () = serving => {}
+        () = overdue => tracing::warn!(seconds = drain.as_secs(), "not everything was answered in time"),
     }
+    Ok(())
 }
 
 fn router(app: Arc<App>) -> Router {
@@ -170,12 +173,11 @@ async fn observe(State(app): Shared, request: Request, next: Next) -> Response {
     response
 }
 
-async fn require_key(State(app): Shared, request: Request, next: Next) -> Response {
+async fn require_key(State(app): Shared, mut request: Request, next: Next) -> Response {
     let header = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
-    if app.config.keys.admit(header) {
-        return next.run(request).await;
-    }
-    ApiError::unauthorised().into_response()
+    let Some(tenant) = app.config.keys.admit(header) else { return ApiError::unauthorised().into_response() };
+    request.extensions_mut().insert(tenant);
+    next.run(request).await
 }
 
 /// A body of at most `limit` bytes.
@@ -204,46 +206,56 @@ fn name(given: NameInPath) -> Result<String, ApiError> {
 }
 
 /// Lend the session that a request names.
-fn lend(app: &App, id: Option<&str>) -> Result<Option<(SessionState, Loan)>, ApiError> {
-    id.map(|id| app.sessions.lend(id)).transpose()
+fn lend(app: &App, tenant: Tenant, id: Option<&str>) -> Result<Option<(SessionState, Loan)>, ApiError> {
+    id.map(|id| app.sessions.lend(tenant, id)).transpose()
 }
 
 /// Continue a text.
 #[utoipa::path(post, path = "/v1/completions", request_body = CompletionRequest,
     responses((status = 200, body = Completion), (status = "default", body = ErrorBody)))]
-pub(crate) async fn completions(State(app): Shared, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
+pub(crate) async fn completions(
+    State(app): Shared,
+    Extension(tenant): Sender,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
     let body = read_body(&app, &headers, body, app.config.max_body).await?;
     let own = Arc::clone(&app);
     let planned = aside(move || {
         let body: CompletionRequest = parse(&body)?;
-        let session = lend(&own, body.session_id.as_deref())?;
+        let session = lend(&own, tenant, body.session_id.as_deref())?;
         let view = session.as_ref().map(|(state, _)| SessionStateView::from(state));
         Ok((plan::completion(&own.facts, &body, view.as_ref())?, session.map(|(state, loan)| (loan, state.created))))
     });
     let (plan, session) = planned.await?;
-    answer(&app, plan, session).await
+    answer(&app, tenant, plan, session).await
 }
 
 /// Continue a conversation.
 #[utoipa::path(post, path = "/v1/chat/completions", request_body = ChatRequest,
     responses((status = 200, body = Completion), (status = "default", body = ErrorBody)))]
-pub(crate) async fn chat_completions(State(app): Shared, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
+pub(crate) async fn chat_completions(
+    State(app): Shared,
+    Extension(tenant): Sender,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
     let body = read_body(&app, &headers, body, app.config.max_body).await?;
     let own = Arc::clone(&app);
     let planned = aside(move || {
         let body: ChatRequest = parse(&body)?;
-        let session = lend(&own, body.session_id.as_deref())?;
+        let session = lend(&own, tenant, body.session_id.as_deref())?;
         let view = session.as_ref().map(|(state, _)| SessionStateView::from(state));
         Ok((plan::chat(&own.facts, &body, view.as_ref())?, session.map(|(state, loan)| (loan, state.created))))
     });
     let (plan, session) = planned.await?;
-    answer(&app, plan, session).await
+    answer(&app, tenant, plan, session).await
 }
 
 /// Have a plan computed and tell the answer, at once or as it comes.
-async fn answer(app: &App, mut plan: Plan, session: Option<(Loan, u64)>) -> Result<Response, ApiError> {
+async fn answer(app: &App, tenant: Tenant, mut plan: Plan, session: Option<(Loan, u64)>) -> Result<Response, ApiError> {
     let answer = Answer::new(app.labels(), &plan, session);
-    let job = app.submit(&mut plan)?;
+    let job = app.submit(tenant, &mut plan)?;
     if plan.stream {
         let stream = Sse::new(EventStream::new(answer, job)).keep_alive(KeepAlive::new().interval(Duration::from_secs(15)));
         return Ok(([(header::CACHE_CONTROL, "no-store"), (HeaderName::from_static("x-accel-buffering"), "no")], stream).into_response());
@@ -256,7 +268,12 @@ async fn answer(app: &App, mut plan: Plan, session: Option<(Loan, u64)>) -> Resu
 #[utoipa::path(post, path = "/v1/sessions",
     request_body(content((SessionRequest = "application/json"), (Vec<u8> = "application/octet-stream"))),
     responses((status = 200, body = SessionEntry), (status = "default", body = ErrorBody)))]
-pub(crate) async fn new_session(State(app): Shared, headers: HeaderMap, body: Body) -> Result<Json<SessionEntry>, ApiError> {
+pub(crate) async fn new_session(
+    State(app): Shared,
+    Extension(tenant): Sender,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<SessionEntry>, ApiError> {
     if headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind == "application/octet-stream") {
         // A snapshot is at most the cache, with scores and positions, beside the text.
         let limit = app.config.max_body + 2 * app.empty.cache_bytes();
@@ -270,18 +287,18 @@ pub(crate) async fn new_session(State(app): Shared, headers: HeaderMap, body: Bo
             }
             Ok(state)
         });
-        return keep_session(&app, state.await?);
+        return keep_session(&app, tenant, state.await?);
     }
     let body = read_body(&app, &headers, body, app.config.max_body).await?;
     let own = Arc::clone(&app);
     let mut plan = aside(move || plan::session(&own.facts, &parse::<SessionRequest>(&body)?)).await?;
-    let mut job = app.submit(&mut plan)?;
+    let mut job = app.submit(tenant, &mut plan)?;
     while let Some(update) = job.updates.recv().await {
         match update {
             Update::Finished { sequence: Some(sequence), .. } => {
                 job.finish_one();
                 let Plan { text, messages, .. } = plan;
-                return keep_session(&app, SessionState { sequence, text, messages, created: now() });
+                return keep_session(&app, tenant, SessionState { sequence, text, messages, created: now() });
             }
             Update::Refused(error) => return Err(ApiError::invalid("", error.to_string())),
             _ => {}
@@ -290,9 +307,9 @@ pub(crate) async fn new_session(State(app): Shared, headers: HeaderMap, body: Bo
     Err(ApiError::internal())
 }
 
-fn keep_session(app: &App, state: SessionState) -> Result<Json<SessionEntry>, ApiError> {
+fn keep_session(app: &App, tenant: Tenant, state: SessionState) -> Result<Json<SessionEntry>, ApiError> {
     let (created, tokens, cache_bytes) = (state.created, state.sequence.position(), state.sequence.cache_bytes());
-    let id = app.sessions.add(state)?;
+    let id = app.sessions.add(tenant, state)?;
     app.metrics.sessions.set(app.sessions.len() as i64);
     Ok(Json(session_entry(app, id, created, tokens, cache_bytes)))
 }
@@ -303,8 +320,8 @@ fn session_entry(app: &App, id: String, created: u64, tokens: usize, cache_bytes
 
 /// Sessions that are held.
 #[utoipa::path(get, path = "/v1/sessions", responses((status = 200, body = SessionList)))]
-pub(crate) async fn list_sessions(State(app): Shared) -> Json<SessionList> {
-    let sessions = app.sessions.list().into_iter();
+pub(crate) async fn list_sessions(State(app): Shared, Extension(tenant): Sender) -> Json<SessionList> {
+    let sessions = app.sessions.list(tenant).into_iter();
     let data = sessions.map(|(id, created, tokens, bytes)| session_entry(&app, id, created, tokens, bytes)).collect();
     Json(SessionList { object: "list", data })
 }
@@ -312,18 +329,18 @@ pub(crate) async fn list_sessions(State(app): Shared) -> Json<SessionList> {
 /// One session.
 #[utoipa::path(get, path = "/v1/sessions/{id}", params(("id" = String, Path)),
     responses((status = 200, body = SessionEntry), (status = "default", body = ErrorBody)))]
-pub(crate) async fn show_session(State(app): Shared, id: NameInPath) -> Result<Json<SessionEntry>, ApiError> {
+pub(crate) async fn show_session(State(app): Shared, Extension(tenant): Sender, id: NameInPath) -> Result<Json<SessionEntry>, ApiError> {
     let id = name(id)?;
-    let state = app.sessions.get(&id)?;
+    let state = app.sessions.get(tenant, &id)?;
     Ok(Json(session_entry(&app, id, state.created, state.sequence.position(), state.sequence.cache_bytes())))
 }
 
 /// A session as bytes, which `POST /v1/sessions` takes up again, on this server or another with the same model.
 #[utoipa::path(get, path = "/v1/sessions/{id}/snapshot", params(("id" = String, Path)),
     responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"), (status = "default", body = ErrorBody)))]
-pub(crate) async fn session_bytes(State(app): Shared, id: NameInPath) -> Result<Response, ApiError> {
+pub(crate) async fn session_bytes(State(app): Shared, Extension(tenant): Sender, id: NameInPath) -> Result<Response, ApiError> {
     let id = name(id)?;
-    let state = app.sessions.get(&id)?;
+    let state = app.sessions.get(tenant, &id)?;
     let bytes = aside(move || Ok(state.to_bytes())).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes).into_response())
 }
@@ -331,9 +348,9 @@ pub(crate) async fn session_bytes(State(app): Shared, id: NameInPath) -> Result<
 /// Forget a session.
 #[utoipa::path(delete, path = "/v1/sessions/{id}", params(("id" = String, Path)),
     responses((status = 200, body = Deleted), (status = "default", body = ErrorBody)))]
-pub(crate) async fn delete_session(State(app): Shared, id: NameInPath) -> Result<Json<Deleted>, ApiError> {
+pub(crate) async fn delete_session(State(app): Shared, Extension(tenant): Sender, id: NameInPath) -> Result<Json<Deleted>, ApiError> {
     let id = name(id)?;
-    app.sessions.remove(&id)?;
+    app.sessions.remove(tenant, &id)?;
     app.metrics.sessions.set(app.sessions.len() as i64);
     Ok(Json(Deleted { id, object: "session.deleted", deleted: true }))
 }

@@ -9,6 +9,7 @@ pub mod plan;
 
 mod answer;
 mod auth;
+mod connections;
 mod error;
 mod http;
 mod metrics;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use auth::ApiKeys;
+pub use connections::ConnectionLimits;
 pub use error::{ApiError, ErrorDetail};
 use sluice_data::{ChatTemplate, Tokenizer};
 use sluice_engine::scheduler::{Limits, Scheduler};
@@ -54,6 +56,8 @@ pub struct ServerConfig {
     pub max_body: usize,
     /// How long a body may take.
     pub body_timeout: Duration,
+    /// What clients may do with their connections.
+    pub connections: ConnectionLimits,
     /// How long running answers may take after the signal to stop.
     pub drain: Duration,
 }
@@ -71,6 +75,7 @@ impl ServerConfig {
             sessions: 16,
             max_body: 4 << 20,
             body_timeout: Duration::from_secs(30),
+            connections: ConnectionLimits::default(),
             drain: Duration::from_secs(30),
         }
     }

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use sluice_data::Message;
 use sluice_engine::Sequence;
 
+use crate::auth::Tenant;
 use crate::error::ApiError;
 
 /// What a session has read.
@@ -24,7 +25,8 @@ pub(crate) struct SessionState {
     pub(crate) created: u64,
 }
 
-/// The sessions of a server, at most so many; the one that was not used for longest leaves.
+/// The sessions of a server, at most so many; the one that was not used for longest leaves. To whom a session does not belong, for him
+/// it is not there.
 pub(crate) struct Sessions {
     limit: usize,
     held: Mutex<Held>,
@@ -38,6 +40,7 @@ struct Held {
 }
 
 struct Entry {
+    owner: Tenant,
     used: u64,
     busy: bool,
     state: SessionState,
@@ -58,7 +61,7 @@ impl Sessions {
     }
 
     /// Keep a new session; returns its name.
-    pub(crate) fn add(&self, state: SessionState) -> Result<String, ApiError> {
+    pub(crate) fn add(&self, owner: Tenant, state: SessionState) -> Result<String, ApiError> {
         let mut held = self.held();
         if held.entries.len() >= self.limit {
             let idle = held.entries.iter().filter(|(_, entry)| !entry.busy);
@@ -68,42 +71,51 @@ impl Sessions {
         let id = format!("session-{}", uuid::Uuid::new_v4().simple());
         held.clock += 1;
         let used = held.clock;
-        held.entries.insert(id.clone(), Entry { used, busy: false, state });
+        held.entries.insert(id.clone(), Entry { owner, used, busy: false, state });
         Ok(id)
     }
 
     /// A copy of a session's state.
-    pub(crate) fn get(&self, id: &str) -> Result<SessionState, ApiError> {
-        self.held().entries.get(id).map(|entry| entry.state.clone()).ok_or_else(|| unknown(id))
+    pub(crate) fn get(&self, owner: Tenant, id: &str) -> Result<SessionState, ApiError> {
+        self.held().entry(owner, id).map(|entry| entry.state.clone())
     }
 
-    /// All of them, by name: when it was made, tokens read, bytes.
-    pub(crate) fn list(&self) -> Vec<(String, u64, usize, usize)> {
+    /// All of an owner's, by name: when it was made, tokens read, bytes.
+    pub(crate) fn list(&self, owner: Tenant) -> Vec<(String, u64, usize, usize)> {
         let describe = |(id, entry): (&String, &Entry)| {
             let state = &entry.state;
             (id.clone(), state.created, state.sequence.position(), state.sequence.cache_bytes())
         };
-        let mut all: Vec<_> = self.held().entries.iter().map(describe).collect();
+        let mut all: Vec<_> = self.held().entries.iter().filter(|(_, entry)| entry.owner == owner).map(describe).collect();
         all.sort();
         all
     }
 
     /// Forget one.
-    pub(crate) fn remove(&self, id: &str) -> Result<(), ApiError> {
-        self.held().entries.remove(id).map(|_| ()).ok_or_else(|| unknown(id))
+    pub(crate) fn remove(&self, owner: Tenant, id: &str) -> Result<(), ApiError> {
+        let mut held = self.held();
+        held.entry(owner, id)?;
+        held.entries.remove(id);
+        Ok(())
     }
 
     /// Take a session for a request that continues it; nobody else can meanwhile.
-    pub(crate) fn lend(self: &std::sync::Arc<Self>, id: &str) -> Result<(SessionState, Loan), ApiError> {
+    pub(crate) fn lend(self: &std::sync::Arc<Self>, owner: Tenant, id: &str) -> Result<(SessionState, Loan), ApiError> {
         let mut held = self.held();
         held.clock += 1;
         let clock = held.clock;
-        let entry = held.entries.get_mut(id).ok_or_else(|| unknown(id))?;
+        let entry = held.entry(owner, id)?;
         if entry.busy {
             return Err(ApiError::conflict(format!("session `{id}` is being continued by another request")));
         }
         (entry.busy, entry.used) = (true, clock);
         Ok((entry.state.clone(), Loan { sessions: std::sync::Arc::clone(self), id: id.to_string() }))
+    }
+}
+
+impl Held {
+    fn entry(&mut self, owner: Tenant, id: &str) -> Result<&mut Entry, ApiError> {
+        self.entries.get_mut(id).filter(|entry| entry.owner == owner).ok_or_else(|| unknown(id))
     }
 }
 

@@ -206,12 +206,12 @@ impl Scheduler {
                 sequence.copy_from(&from);
                 start = from.position();
             } else {
-                match self.prefixes.longest(&request.prompt) {
+                match self.prefixes.longest(request.owner, &request.prompt) {
                     Some(stored) => sequence.copy_from(stored),
                     None => sequence.clear(),
                 }
                 read = sequence.position();
-                places = self.prefixes.places(&request.prompt, read);
+                places = self.prefixes.places(request.owner, &request.prompt, read);
             }
             let mut sampler = Sampler::new(request.sampling.clone(), self.engine.model().vocab_size);
             sampler.observe(&request.prompt);
@@ -300,7 +300,7 @@ impl Scheduler {
                 if running.start == 0 {
                     let mut text = running.request.prompt.clone();
                     text.extend_from_slice(&slot.chosen[..slot.sequence.position() - text.len()]);
-                    self.prefixes.store(&text, &slot.sequence);
+                    self.prefixes.store(running.request.owner, &text, &slot.sequence);
                 }
                 let sequence = running.request.keep.then(|| Box::new(slot.sequence.clone()));
                 events.push(Event::Finished { id: running.id, choice: slot.choice, reason, sequence });
@@ -328,7 +328,7 @@ impl Running {
         self.read += slot.share;
         if self.places.first() == Some(&self.read) {
             self.places.remove(0);
-            prefixes.store(&self.request.prompt[..self.read], &slot.sequence);
+            prefixes.store(self.request.owner, &self.request.prompt[..self.read], &slot.sequence);
         }
         if self.is_reading() {
             return;

@@ -28,6 +28,9 @@ pub struct Request {
     pub report_kept: bool,
     /// Hand out the state of every continuation at its end, all of its tokens read.
     pub keep: bool,
+    /// Whose request it is. Stored beginnings serve only requests of the owner who made them: how fast a prompt is read would
+    /// otherwise tell what others have sent.
+    pub owner: u64,
 }
 
 impl Request {
@@ -43,6 +46,7 @@ impl Request {
             top_logprobs: 0,
             report_kept: false,
             keep: false,
+            owner: 0,
         }
     }
 }

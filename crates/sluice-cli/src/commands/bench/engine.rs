@@ -15,6 +15,8 @@ use crate::progress::{bytes, grouped};
 
 /// Tokens on which the engine is checked against its plain inner loops before anything is timed.
 const CHECKED: usize = 40;
+/// Single steps of a context before the next one has its turn.
+const WINDOW: usize = 8;
 
 /// Arguments of both.
 #[derive(clap::Args)]
@@ -28,7 +30,7 @@ pub(crate) struct Args {
     /// Text to read, repeated as often as needed [default: the embedded held-out prose]
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
-    /// Tokens decoded at each context; the median counts
+    /// Tokens decoded at each context, in windows of 8 that take turns; medians count
     #[arg(long, value_name = "N", default_value_t = 64)]
     tokens: usize,
     /// Inner loops of the int8 products, for comparisons [default: the fastest of this machine]
@@ -69,33 +71,12 @@ pub(crate) fn run(args: &Args, pass: Pass) -> Result<()> {
     let ids = tokenizer.encode(&text);
     ensure!(!ids.is_empty(), "the text has no tokens");
     verify(&mut engine, &ids)?;
-    let limit = passes_per_second(&mut engine);
     let mut contexts = args.context.clone();
     contexts.sort_unstable();
-    let mut rows = Vec::new();
-    let mut sequence = engine.new_sequence();
-    for &context in &contexts {
-        if pass == Pass::Prefill {
-            sequence = engine.new_sequence();
-        }
-        let fresh: Vec<u32> = (sequence.position()..context).map(|i| ids[i % ids.len()]).collect();
-        let started = Instant::now();
-        if !fresh.is_empty() {
-            engine.extend(&mut sequence, &fresh)?;
-        }
-        let prefill = fresh.len() as f64 / started.elapsed().as_secs_f64();
-        let mut row = json!({"context": context, "cache_bytes": sequence.cache_bytes(), "resident_bytes": resident_bytes()});
-        match pass {
-            Pass::Prefill => row["prefill_tokens_per_second"] = json!(prefill),
-            Pass::Decode => {
-                // A copy, so that the next context continues the text itself.
-                let speed = decode(&mut engine, &mut sequence.clone(), &ids, args.tokens)?;
-                row["decode_tokens_per_second"] = json!(speed);
-                row["share_of_memory_limit"] = json!(speed / limit);
-            }
-        }
-        rows.push(row);
-    }
+    let (limit, rows) = match pass {
+        Pass::Decode => decode(&mut engine, &ids, &contexts, args.tokens)?,
+        Pass::Prefill => (passes_per_second(&mut engine), prefill(&mut engine, &ids, &contexts)?),
+    };
     report(args, pass, &engine, limit, &rows);
     Ok(())
 }
@@ -105,19 +86,83 @@ fn instruction_set(name: &str) -> Result<InstructionSet, String> {
     InstructionSet::ALL.into_iter().find(|set| set.name() == name).ok_or_else(|| format!("expected one of {}", names()))
 }
 
+/// Read a text of each length, from an empty cache.
+fn prefill(engine: &mut Engine, ids: &[u32], contexts: &[usize]) -> Result<Vec<Value>> {
+    let mut rows = Vec::new();
+    for &context in contexts {
+        let mut sequence = engine.new_sequence();
+        let seconds = read_up_to(engine, &mut sequence, ids, context)?;
+        let mut row = row(&sequence, context);
+        row["prefill_tokens_per_second"] = json!(context as f64 / seconds);
+        rows.push(row);
+    }
+    Ok(rows)
+}
+
+/// Single steps behind one text, whose state is put aside at each context. Then the contexts and the memory limit take turns in short
+/// windows, so that what else the machine does hits them alike; medians over the windows count. Returns the limit and a row a context.
+fn decode(engine: &mut Engine, ids: &[u32], contexts: &[usize], n_tokens: usize) -> Result<(f64, Vec<Value>)> {
+    let mut text = engine.new_sequence();
+    // In memory from the start, so that the resident size shows what the text adds.
+    let mut states: Vec<Sequence> = contexts.iter().map(|_| text.clone()).collect();
+    let mut running = text.clone();
+    let mut rows = Vec::new();
+    for (state, &context) in states.iter_mut().zip(contexts) {
+        read_up_to(engine, &mut text, ids, context)?;
+        state.copy_from(&text);
+        rows.push(row(&text, context));
+    }
+    let windows = n_tokens.div_ceil(WINDOW);
+    let (mut limits, mut speeds) = (Vec::new(), vec![Vec::new(); contexts.len()]);
+    for window in 0..windows {
+        limits.push(passes_per_second(engine));
+        for i in 0..contexts.len() {
+            // Every other window backwards: nobody always comes first.
+            let i = if window % 2 == 0 { i } else { contexts.len() - 1 - i };
+            running.copy_from(&states[i]);
+            speeds[i].push(steps(engine, &mut running, ids, WINDOW)?);
+        }
+    }
+    for (row, speeds) in rows.iter_mut().zip(&speeds) {
+        row["decode_tokens_per_second"] = json!(median(speeds.clone()));
+        row["share_of_memory_limit"] = json!(median(speeds.iter().zip(&limits).map(|(speed, limit)| speed / limit).collect()));
+        row["windows_tokens_per_second"] = json!(speeds);
+    }
+    Ok((median(limits), rows))
+}
+
+/// Continue a text to a length; returns the seconds that took.
+fn read_up_to(engine: &mut Engine, sequence: &mut Sequence, ids: &[u32], context: usize) -> Result<f64> {
+    let fresh: Vec<u32> = (sequence.position()..context).map(|i| ids[i % ids.len()]).collect();
+    let started = Instant::now();
+    if !fresh.is_empty() {
+        engine.extend(sequence, &fresh)?;
+    }
+    Ok(started.elapsed().as_secs_f64())
+}
+
+fn row(sequence: &Sequence, context: usize) -> Value {
+    json!({"context": context, "cache_bytes": sequence.cache_bytes(), "resident_bytes": resident_bytes()})
+}
+
 /// Median tokens per second of single steps; the tokens are those of the text, since speed does not depend on them.
-fn decode(engine: &mut Engine, sequence: &mut Sequence, ids: &[u32], n: usize) -> Result<f64> {
-    let mut seconds = Vec::with_capacity(n);
-    for i in 0..n + 4 {
+fn steps(engine: &mut Engine, sequence: &mut Sequence, ids: &[u32], n: usize) -> Result<f64> {
+    const WARM_UP: usize = 2;
+    let mut speeds = Vec::with_capacity(n);
+    for i in 0..WARM_UP + n {
         let token = ids[sequence.position() % ids.len()];
         let started = Instant::now();
         engine.extend(sequence, &[token])?;
-        if i >= 4 {
-            seconds.push(started.elapsed().as_secs_f64());
+        if i >= WARM_UP {
+            speeds.push(1.0 / started.elapsed().as_secs_f64());
         }
     }
-    seconds.sort_by(f64::total_cmp);
-    Ok(1.0 / seconds[n / 2])
+    Ok(median(speeds))
+}
+
+fn median(mut numbers: Vec<f64>) -> f64 {
+    numbers.sort_by(f64::total_cmp);
+    numbers[numbers.len() / 2]
 }
 
 /// The fast inner loops against the plain ones, and prefill against single steps, before anything is timed.
@@ -137,10 +182,10 @@ fn verify(engine: &mut Engine, ids: &[u32]) -> Result<()> {
     Ok(())
 }
 
-/// How often a second the weights can be read by all threads, which no decoder can beat: best of seven.
+/// How often a second the weights can be read by all threads, which no decoder can beat: best of five.
 fn passes_per_second(engine: &mut Engine) -> f64 {
     let mut fastest = f64::INFINITY;
-    for _ in 0..7 {
+    for _ in 0..5 {
         let started = Instant::now();
         std::hint::black_box(engine.read_weights());
         fastest = fastest.min(started.elapsed().as_secs_f64());
