@@ -81,6 +81,9 @@ impl ServerConfig {
     }
 }
 
+/// Threads that parse requests and turn their text into tokens.
+const PLANNERS: usize = 2;
+
 /// A server that cannot start, or that stopped by itself.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -122,7 +125,9 @@ pub fn serve(
     let limits = Limits { queue: config.queue + engine.sequences(), prompt_tokens: config.prompt_tokens, prefixes: config.prefixes };
     let scheduler = Scheduler::new(engine, limits)?;
     let (worker, thread) = Worker::start(scheduler, tokenizer, Arc::clone(&metrics), config.queue);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("http").enable_all().build()?;
+    // Few threads, since each keeps what it frees for itself for a while: with one for every request in a burst, the process grows.
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(2).max_blocking_threads(PLANNERS).thread_name("http").enable_all().build()?;
     let sessions = Arc::new(Sessions::new(config.sessions));
     let app = Arc::new(App::new(facts, worker, sessions, metrics, config, empty, &model, routing));
     let result = runtime.block_on(http::run(app, listener, shutdown));
