@@ -30,7 +30,9 @@ def main():
     parser.add_argument("--tokens", type=int, default=32, help="single steps timed at each context")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3, help="the median of so many runs counts; one from 8192 tokens on")
+    parser.add_argument("--allow-others", type=float, default=0.03, help="share of the machine that other processes may use meanwhile; it is recorded")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benches/results/engine_cpu.json")
+    parser.add_argument("--candle", help="candle's quantised llama as well (benches/peers/candle-llama); its contexts end at 4,096")
     parser.add_argument("--llama-one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.llama_one:
@@ -41,11 +43,11 @@ def main():
     for context in args.context:
         runs = [one_run(args, q8, context) for _ in range(args.runs if context < 8192 else 1)]
         row = {"context": context, "runs": runs}
+        peers = [name for name in ["llama.cpp", "candle"] if name in runs[0]]
         for key in ["prefill", "decode"]:
-            ours, theirs = (sorted(run[name][key] for run in runs)[len(runs) // 2] for name in ["sluice", "llama.cpp"])
-            ratios = sorted(run["sluice"][key] / run["llama.cpp"][key] for run in runs)
-            row[key] = {"sluice": ours, "llama.cpp": theirs, "ratio": ratios[len(ratios) // 2]}
-        row["memory_limit"] = sorted(run["sluice"]["memory_limit"] for run in runs)[len(runs) // 2]
+            row[key] = {name: median(run[name][key] for run in runs) for name in ["sluice", *peers]}
+            row[key]["ratio"] = {name: median(run["sluice"][key] / run[name][key] for run in runs) for name in peers}
+        row["share_of_memory_limit"] = median(run["sluice"]["share_of_memory_limit"] for run in runs)
         rows.append(row)
         print(table_row(row), flush=True)
     report = {"cpu": cpu(), "threads": args.threads, "instructions": runs[0]["sluice"]["instructions"], "llama_cpp_python": version(), "rows": rows}
@@ -57,24 +59,35 @@ def one_run(args, q8, context):
     decode = sluice(args, "decode", context)
     prefill = sluice(args, "prefill", context)
     command = [sys.executable, __file__, "--gguf", q8, "--artifact", "-", "--llama-one", context, "--tokens", args.tokens, "--threads", args.threads]
-    theirs = undisturbed(command)
+    theirs = undisturbed(command, args.allow_others)
     ours = {
         "prefill": prefill["rows"][0]["prefill_tokens_per_second"],
         "decode": decode["rows"][0]["decode_tokens_per_second"],
-        "memory_limit": decode["memory_limit_tokens_per_second"],
+        "share_of_memory_limit": decode["rows"][0]["share_of_memory_limit"],
         "resident_bytes": decode["rows"][0]["resident_bytes"],
         "instructions": decode["instructions"],
     }
-    return {"sluice": ours, "llama.cpp": theirs}
+    others = {"decode": decode["others"], "prefill": prefill["others"], "llama.cpp": theirs.pop("others")}
+    run = {"sluice": ours, "llama.cpp": theirs, "share_of_the_machine_used_by_others": others}
+    if args.candle and context + args.tokens <= 4096:
+        os.environ["RAYON_NUM_THREADS"] = str(args.threads)
+        run["candle"] = undisturbed([args.candle, q8, context, args.tokens], args.allow_others)
+        others["candle"] = run["candle"].pop("others")
+    return run
+
+
+def median(numbers):
+    numbers = sorted(numbers)
+    return numbers[len(numbers) // 2]
 
 
 def sluice(args, which, context):
     command = [args.sluice, "--threads", args.threads, "bench", which, "--model", args.artifact, "--context", context, "--tokens", args.tokens, "--json"]
-    return undisturbed(command)
+    return undisturbed(command, args.allow_others)
 
 
-def undisturbed(command, tries=40, allowed=0.03):
-    """Run a program that prints JSON, again when other processes took more than `allowed` of the machine meanwhile."""
+def undisturbed(command, allowed, tries=40):
+    """Run a program that prints JSON, again when other processes took more than `allowed` of the machine meanwhile; adds their share."""
     for _ in range(tries):
         while busy_share(1.0) > allowed:
             time.sleep(2)
@@ -82,8 +95,9 @@ def undisturbed(command, tries=40, allowed=0.03):
         output = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
         elapsed, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
         others = busy_seconds() - before - (used.ru_utime + used.ru_stime - own.ru_utime - own.ru_stime)
-        if others <= allowed * elapsed * os.cpu_count():
-            return json.loads(output)
+        share = others / elapsed / os.cpu_count()
+        if share <= allowed:
+            return json.loads(output) | {"others": share}
         print(f"repeated: others used {others:.1f} s of {elapsed:.1f} s x {os.cpu_count()}", file=sys.stderr, flush=True)
     raise SystemExit("the machine is never idle enough to measure on")
 
@@ -138,9 +152,11 @@ def requantise(gguf, folder):
 
 
 def table_row(row):
-    cells = [f"{key} {row[key]['sluice']:.1f} against {row[key]['llama.cpp']:.1f} tokens/s ({row[key]['ratio']:.2f}x)" for key in ["prefill", "decode"]]
-    share = row["decode"]["sluice"] / row["memory_limit"]
-    return f"{row['context']:>7}  " + ", ".join(cells) + f", decode at {100 * share:.0f} % of the memory limit"
+    cells = []
+    for key in ["prefill", "decode"]:
+        peers = [f"{name} {row[key][name]:.1f} ({ratio:.2f}x)" for name, ratio in row[key]["ratio"].items()]
+        cells.append(f"{key} {row[key]['sluice']:.1f} tokens/s, " + ", ".join(peers))
+    return f"{row['context']:>7}  " + ", ".join(cells) + f", decode at {100 * row['share_of_memory_limit']:.0f} % of the memory limit"
 
 
 def cpu():

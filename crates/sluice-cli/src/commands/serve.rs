@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use sluice_server::{ApiKeys, ServerConfig};
+use sluice_server::{ApiKeys, ConnectionLimits, ServerConfig};
 
 use crate::generation::{artifact_folder, open_artifact};
 use crate::models::RoutingArgs;
@@ -77,7 +77,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let folder_name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
     let name = args.model_name.clone().or(folder_name).unwrap_or_else(|| "model".into());
     let max_context = args.max_context.unwrap_or(engine.model().max_seq_len);
+    // Room for everyone who may wait, and for those who are told that there is none.
+    let connections = ConnectionLimits::default();
+    let connections = ConnectionLimits { most: connections.most.max(2 * (args.queue + args.max_sequences)), ..connections };
     let config = ServerConfig {
+        connections,
         queue: args.queue,
         sessions: args.sessions,
         prefixes: args.prefixes,
