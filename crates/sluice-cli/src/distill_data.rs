@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use sluice_data::embedded::{self, Document, Split};
 use sluice_data::recall::{Filler, RecallConfig, RecallDocument, RecallGenerator};
 use sluice_train::documents::Documents;
+use sluice_train::hash::mix;
 
 use crate::models::Loaded;
 
@@ -36,11 +37,7 @@ impl DistillData {
         } else {
             (text.iter().map(|p| p.display().to_string()).collect(), read(text)?)
         };
-        let held = if eval_text.is_empty() { of_split(Split::Held) } else { read(eval_text)? };
-        let tokenise =
-            |documents: &[Document]| loaded.tokenizer.encode_batch(&documents.iter().map(|d| d.text.as_str()).collect::<Vec<_>>());
-
-        let mut tokens = tokenise(&train);
+        let mut tokens = tokenise(loaded, &train);
         let filler = loaded.is_tiny().then(|| prose(&train));
         if let Some(filler) = &filler {
             let generator =
@@ -50,22 +47,8 @@ impl DistillData {
         }
         // Half a context is long enough to be routed; shorter documents would only dilute the batch.
         let training = Documents::new(tokens, context / 2)?;
-        let mut domains: Vec<(String, Vec<Vec<u32>>)> = Vec::new();
-        for (document, tokens) in held.iter().zip(tokenise(&held)) {
-            match domains.iter_mut().find(|(name, _)| *name == document.domain) {
-                Some((_, documents)) => documents.push(tokens),
-                None => domains.push((document.domain.clone(), vec![tokens])),
-            }
-        }
-        domains.iter_mut().for_each(|(_, documents)| documents.sort_by_key(|d| std::cmp::Reverse(d.len())));
-        Ok(Self { training, held: domains, sources, filler: filler.map(|_| prose(&held)) })
-    }
-
-    /// Up to `n` whole windows of a held-out domain, spread over its documents.
-    pub(crate) fn held_windows(documents: &[Vec<u32>], context: usize, n: usize) -> Vec<Vec<u32>> {
-        let all: Vec<&[u32]> = documents.iter().flat_map(|d| d.chunks_exact(context)).collect();
-        let n = n.min(all.len());
-        (0..n).map(|i| all[i * all.len() / n].to_vec()).collect()
+        let filler = filler.map(|_| prose(&of_split(Split::Held)));
+        Ok(Self { training, held: held_out_domains(loaded, eval_text)?, sources, filler })
     }
 
     /// Held-out recall documents by depth, for a model that was trained on their form.
@@ -80,6 +63,40 @@ impl DistillData {
             })
             .collect()
     }
+}
+
+/// Tokenised held-out documents by domain, longest first: the user's texts, or the embedded ones.
+pub(crate) fn held_out_domains(loaded: &Loaded, texts: &[PathBuf]) -> Result<Vec<(String, Vec<Vec<u32>>)>> {
+    let held = match texts {
+        [] => embedded::documents().into_iter().filter(|d| d.split == Split::Held).collect(),
+        _ => read(texts)?,
+    };
+    let mut domains: Vec<(String, Vec<Vec<u32>>)> = Vec::new();
+    for (document, tokens) in held.iter().zip(tokenise(loaded, &held)) {
+        match domains.iter_mut().find(|(name, _)| *name == document.domain) {
+            Some((_, documents)) => documents.push(tokens),
+            None => domains.push((document.domain.clone(), vec![tokens])),
+        }
+    }
+    domains.iter_mut().for_each(|(_, documents)| documents.sort_by_key(|d| std::cmp::Reverse(d.len())));
+    Ok(domains)
+}
+
+/// Up to `n` whole windows of a held-out domain, spread over its documents. A seed other than 0 moves them within their documents
+/// by less than a window.
+pub(crate) fn held_windows(documents: &[Vec<u32>], context: usize, n: usize, seed: u64) -> Vec<Vec<u32>> {
+    let shift = |i: usize, d: &[u32]| (mix(seed, i as u64) as usize % context).min(d.len() % context);
+    let windows = |(i, d): (usize, &'_ Vec<u32>)| {
+        let from = if seed == 0 { 0 } else { shift(i, d) };
+        d[from..].chunks_exact(context).map(<[u32]>::to_vec).collect::<Vec<_>>()
+    };
+    let all: Vec<Vec<u32>> = documents.iter().enumerate().flat_map(windows).collect();
+    let n = n.min(all.len());
+    (0..n).map(|i| all[i * all.len() / n].clone()).collect()
+}
+
+fn tokenise(loaded: &Loaded, documents: &[Document]) -> Vec<Vec<u32>> {
+    loaded.tokenizer.encode_batch(&documents.iter().map(|d| d.text.as_str()).collect::<Vec<_>>())
 }
 
 fn prose(documents: &[Document]) -> String {

@@ -15,7 +15,7 @@ use sluice_tensor::Device;
 use sluice_train::distill::{Distiller, StepReport};
 
 use crate::commands::devices::cpu_name;
-use crate::distill_data::DistillData;
+use crate::distill_data::{DistillData, held_windows};
 use crate::models::Loaded;
 use crate::progress;
 
@@ -47,7 +47,7 @@ pub(crate) fn measure(
     budgets.sort_unstable();
     let comparison = Comparison { routing, budgets, policies: plan.policies.clone() };
     let held: Vec<_> =
-        data.held.iter().map(|(domain, documents)| (domain, DistillData::held_windows(documents, config.context, plan.windows))).collect();
+        data.held.iter().map(|(domain, documents)| (domain, held_windows(documents, config.context, plan.windows, 0))).collect();
     let recall = data.recall(loaded, config.context, plan.windows as u64);
 
     let cells = comparison.cells().len();
@@ -87,7 +87,7 @@ pub(crate) fn measure(
 }
 
 /// The command line of this process, as somebody would type it again.
-fn command() -> String {
+pub(crate) fn command() -> String {
     let quoted = |arg: String| if arg.contains(char::is_whitespace) { format!("'{arg}'") } else { arg };
     std::iter::once("sluice".to_string()).chain(std::env::args().skip(1).map(quoted)).collect::<Vec<_>>().join(" ")
 }

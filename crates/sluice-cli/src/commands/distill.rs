@@ -138,7 +138,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn compared_policy(name: &str) -> Result<Policy> {
+/// A policy that is compared with dense attention, for clap.
+pub(crate) fn compared_policy(name: &str) -> Result<Policy> {
     let of_report = Policy::parse(name).filter(|p| *p != Policy::Dense);
     of_report.with_context(|| format!("unknown policy `{name}`; expected gate, streaming, random, h2o or oracle"))
 }

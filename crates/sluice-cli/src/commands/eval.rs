@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use sluice_eval::nll::{Nll, window_nll};
 
-use super::needle;
+use super::{eval_quality, needle};
 use crate::device::{self, DeviceArgs};
 use crate::models::{self, RoutingArgs};
 use crate::progress;
@@ -17,6 +17,8 @@ pub(crate) enum Command {
     Nll(NllArgs),
     /// Retrieval of facts planted at depths of a long text
     Needle(needle::Args),
+    /// Loss above dense attention at several budgets, policy by policy
+    Quality(eval_quality::Args),
 }
 
 /// Arguments of `sluice eval nll`.
@@ -53,6 +55,7 @@ pub(crate) fn run(command: &Command) -> Result<()> {
     match command {
         Command::Nll(args) => nll(args),
         Command::Needle(args) => needle::run(args),
+        Command::Quality(args) => eval_quality::run(args),
     }
 }
 

@@ -3,6 +3,7 @@
 pub(crate) mod distill;
 
 pub(crate) mod eval;
+pub(crate) mod eval_quality;
 pub(crate) mod needle;
 pub(crate) mod train;
 
