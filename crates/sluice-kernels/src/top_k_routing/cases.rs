@@ -29,6 +29,8 @@ const CASES: &[Case] = &[
     Case { ties: true, short: Some(41), ..BASE },
     Case { window: 1, every: 1, top_k: 33, short: Some(0), ..BASE },
     Case { window: 300, ..BASE },
+    // Candidates that just fill the shared memory which needs no leave.
+    Case { t: 4096, heads: 1, window: 128, top_k: 1920, every: 64, ..BASE },
     Case { top_k: 0, n_sink: 0, ..BASE },
     Case { top_k: 200, ..BASE },
     Case { top_k: 2, n_sink: 4, ..BASE },
