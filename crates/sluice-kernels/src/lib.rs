@@ -7,6 +7,7 @@ pub mod attention_label;
 pub mod attention_mass;
 mod attention_tile;
 pub mod cached_attention;
+pub mod centre;
 pub mod dense_attention;
 pub mod embedding;
 pub mod gate_loss;

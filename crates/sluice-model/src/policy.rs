@@ -80,6 +80,8 @@ pub struct AttentionPlan {
     pub routing: RoutingConfig,
     /// Noise on the gate's scores while training.
     pub noise: Option<GateNoise>,
+    /// Keys beyond `top_k` that fade out instead of being dropped while training, if there is a gate temperature.
+    pub overhang: usize,
 }
 
 /// The part of a routing config that the router needs.
@@ -90,12 +92,12 @@ pub fn budget(routing: &RoutingConfig) -> Budget {
 impl AttentionPlan {
     /// Plain causal attention.
     pub fn dense() -> Self {
-        Self { policy: Policy::Dense, routing: RoutingConfig::default(), noise: None }
+        Self { policy: Policy::Dense, routing: RoutingConfig::default(), noise: None, overhang: 0 }
     }
 
     /// A policy at a budget, without noise.
     pub fn new(policy: Policy, routing: RoutingConfig) -> Self {
-        Self { policy, routing, noise: None }
+        Self { policy, routing, noise: None, overhang: 0 }
     }
 
     /// Attention `[B, T, H, D]` of whole sequences, and the gate's scores if it decided.
@@ -107,9 +109,14 @@ impl AttentionPlan {
             let [_, t, _, _] = p.q.value().dims();
             let positions: Vec<u32> = (0..t as u32).collect();
             let scores = self.perturb(tape, layer.score(tape, &p.x, &positions), index); // [B, T, G]
-            let routing = top_k_routing::route_in_place(scores.value(), lens, &budget(&self.routing));
             let temperature = self.routing.gate_temperature;
-            let bias = (temperature > 0.0).then(|| tape.mark_sinks(&scores, &positions, self.routing.n_sink));
+            // Without a bias nothing fades, and what is beyond the budget stays out.
+            let overhang = if temperature > 0.0 { self.overhang } else { 0 };
+            let routing = top_k_routing::route_with_overhang(scores.value(), lens, &budget(&self.routing), overhang);
+            let bias = (temperature > 0.0).then(|| {
+                let scores = if overhang > 0 { tape.shift_free(&scores) } else { scores.clone() };
+                tape.mark_sinks(&scores, &positions, self.routing.n_sink)
+            });
             let o = layer.attend_routed(tape, p, bias.as_ref(), temperature, &routing);
             return (o, Some(scores));
         }

@@ -123,6 +123,9 @@ pub struct Schedule {
     pub temperature_to: f32,
     /// Gumbel noise on the scores as a multiple of `T_g`.
     pub noise: f32,
+    /// Keys beyond the budget that fade out instead of being dropped, as a share of `top_k`: through them the gate learns what it
+    /// should have kept.
+    pub overhang: f32,
 }
 
 impl Default for DistillConfig {
@@ -181,7 +184,7 @@ impl Default for Stage3 {
 
 impl Default for Schedule {
     fn default() -> Self {
-        Self { ramp: 0.6, temperature_from: 1.0, temperature_to: 0.1, noise: 0.1 }
+        Self { ramp: 0.6, temperature_from: 1.0, temperature_to: 0.1, noise: 0.1, overhang: 0.0 }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Ops without weights: activations, rotary positions, sums and views.
 
 use sluice_kernels::rope::{self, RopeStyle};
-use sluice_kernels::{adamw, add, gelu, swiglu, top_k_routing};
+use sluice_kernels::{adamw, add, centre, gelu, swiglu, top_k_routing};
 use sluice_tensor::Tensor;
 
 use crate::tape::{Tape, Var};
@@ -51,6 +51,13 @@ impl Tape {
     pub fn reshape(&self, x: &Var, shape: impl Into<Vec<usize>>) -> Var {
         let before = x.value().shape().to_vec();
         self.custom(&[x], x.value().reshape(shape), move |dy| vec![Some(dy.reshape(before))])
+    }
+
+    /// `x [B, T, G]` whose gradient has no mean over a sequence. For scores of which only differences matter: their threshold
+    /// takes no gradient, so without this every kept key would pull the whole column up.
+    #[track_caller]
+    pub fn shift_free(&self, x: &Var) -> Var {
+        self.custom(&[x], x.value().clone(), |dy| vec![Some(centre::fwd(dy))])
     }
 
     /// Gate scores `[B, T, G]` with +inf where `positions[t] < n_sink`; sinks have no gate bias and get no gradient.

@@ -99,6 +99,24 @@ fn gate_and_routed_attention() {
 }
 
 #[test]
+fn shift_free_passes_values_and_centres_gradients() {
+    let x = Rng::new(8).normal_tensor([1, 50, 2]);
+    let tape = Tape::recording();
+    let leaf = tape.leaf(x.clone());
+    let y = tape.shift_free(&leaf);
+    assert_eq!(y.value().f32(), x.f32());
+    let upstream = Rng::new(9).normal_tensor([1, 50, 2]);
+    let gradients = tape.backward(&[(y, upstream.clone())]);
+    let gradient = gradients.of(&leaf).unwrap().f32();
+    for column in 0..2 {
+        let mean = upstream.f32().iter().skip(column).step_by(2).sum::<f32>() / 50.0;
+        for (g, u) in gradient.iter().zip(upstream.f32()).skip(column).step_by(2) {
+            assert!((g - (u - mean)).abs() < 1e-6);
+        }
+    }
+}
+
+#[test]
 fn losses() {
     let weights = [1.0, 0.5, 0.0, 2.0];
     check("cross entropy", &inputs(6, [&[4, 5], &[7, 5]]), |tape, v| {

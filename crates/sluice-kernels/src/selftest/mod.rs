@@ -39,6 +39,7 @@ const OPS: &[(&str, Cases)] = &[
     ("linear", crate::linear::cases::run),
     ("rope", crate::rope::cases::run),
     ("gate_score", crate::gate_score::cases::run),
+    ("centre", crate::centre::cases::run),
     ("top_k_routing", crate::top_k_routing::cases::run),
     ("routed_attention", crate::routed_attention::cases::run),
     ("dense_attention", crate::dense_attention::cases::run),

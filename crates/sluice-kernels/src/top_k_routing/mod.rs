@@ -115,6 +115,20 @@ pub fn route_in_place(scores: &Tensor, lens: &[usize], budget: &Budget) -> Place
     }
 }
 
+/// [`route_in_place`] that lets `overhang` more keys in, with the threshold `tau` of the budget: under a gate bias they fade
+/// with their distance below it, so that training can tell which of the keys that miss the budget would have been worth keeping.
+#[track_caller]
+pub fn route_with_overhang(scores: &Tensor, lens: &[usize], budget: &Budget, overhang: usize) -> PlacedRouting {
+    if overhang == 0 {
+        return route_in_place(scores, lens, budget);
+    }
+    let wide = Budget { top_k: budget.top_k + overhang, ..*budget };
+    match scores.gpu() {
+        Some(_) => GpuRouting { tau: route_on_gpu(scores, lens, budget).tau, ..route_on_gpu(scores, lens, &wide) }.into(),
+        None => Routing { tau: route(scores, lens, budget).tau, ..route(scores, lens, &wide) }.into(),
+    }
+}
+
 /// The scores with +inf in the first `n_sink` positions: what the kernel's gate bias wants, since a sink has none.
 /// `positions[t]` is the position of row `t` of `scores [B, T, G]`.
 #[track_caller]

@@ -254,3 +254,18 @@ fn mark_sinks_touches_the_first_positions_only() {
 fn lengths_beyond_the_rows_are_refused() {
     route(&Tensor::zeros([1, 10, 1]), &[11], &Budget { window: 1, top_k: 1, route_every: 1, n_sink: 0 });
 }
+
+#[test]
+fn an_overhang_adds_the_next_best_keys_under_the_threshold_of_the_budget() {
+    let scores = Rng::new(11).normal_tensor([1, 200, 2]);
+    let budget = Budget { window: 8, top_k: 16, route_every: 8, n_sink: 2 };
+    let narrow = route(&scores, &[200], &budget);
+    let wide = route_with_overhang(&scores, &[200], &budget, 10).download();
+    assert_eq!((wide.n_routed, &wide.tau), (26, &narrow.tau));
+    let (kept, let_in) = (narrow.routed(0, 24, 1), wide.routed(0, 24, 1));
+    assert_eq!(let_in.len(), 26);
+    assert!(kept.iter().all(|j| let_in.contains(j)));
+    let tau = narrow.tau_of(0, 24, 1);
+    let score = |j: &&i32| scores.f32()[**j as usize * 2 + 1];
+    assert!(let_in.iter().filter(|j| !kept.contains(j)).all(|j| score(&j) < tau));
+}

@@ -6,7 +6,7 @@ use anyhow::Result;
 use sluice_autograd::{Tape, Var};
 use sluice_kernels::dense_attention;
 use sluice_model::decoder::is_gate;
-use sluice_model::policy::{self, AttentionPlan, Policy};
+use sluice_model::policy;
 
 use super::{Distiller, StepReport, Work, past_budget_weights, rank_labels, report};
 use crate::gate_loss::gate_loss;
@@ -18,7 +18,7 @@ impl Distiller {
         let tokens = self.document(0);
         let (t, steps) = (tokens.len(), self.config.stage1.layer_local_steps);
         let routing = self.step_routing(step, steps);
-        let plan = AttentionPlan { policy: Policy::Gate, routing, noise: self.noise(step, steps) };
+        let plan = self.student_plan(routing, self.noise(step, steps));
         let sampling = self.sampling();
         let samples = [sampling.positions(t, mix(self.config.seed, self.cursor as u64))];
         let weights = past_budget_weights(t, &routing);

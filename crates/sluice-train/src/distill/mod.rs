@@ -15,7 +15,7 @@ use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use sluice_model::Decoder;
 use sluice_model::decoder::is_gate;
-use sluice_model::policy::{GateNoise, HORIZON};
+use sluice_model::policy::{AttentionPlan, GateNoise, HORIZON, Policy};
 use sluice_spec::RoutingConfig;
 use sluice_tensor::{Device, Tensor};
 
@@ -285,6 +285,11 @@ impl Distiller {
         let temperature = annealed(step, steps, schedule.temperature_from, schedule.temperature_to);
         let routing = self.config.routing.with_kv_budget(kv_budget).expect("budgets were validated");
         RoutingConfig { gate_temperature: temperature, ..routing }
+    }
+
+    fn student_plan(&self, routing: RoutingConfig, noise: Option<GateNoise>) -> AttentionPlan {
+        let overhang = (self.config.schedule.overhang * routing.top_k as f32) as usize;
+        AttentionPlan { policy: Policy::Gate, routing, noise, overhang }
     }
 
     fn noise(&self, step: u64, steps: u64) -> Option<GateNoise> {

@@ -67,7 +67,7 @@ impl Distiller {
         self.model.set_trainable(|name| base_lr > 0.0 || is_gate(name));
 
         let n = self.config.documents_per_step;
-        let shared = Step { work, step, steps, plan: AttentionPlan { policy: Policy::Gate, routing, noise } };
+        let shared = Step { work, step, steps, plan: self.student_plan(routing, noise) };
         let (mut grads, mut shown, mut tokens) = (BTreeMap::new(), 0.0, 0);
         for which in 0..n as u64 {
             let part = self.learn_from(&self.document(which), which, &shared, 1.0 / n as f32);
