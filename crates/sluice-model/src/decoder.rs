@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use sluice_autograd::{Param, Tape, Var};
+use sluice_kernels::gumbel::{mix, uniform};
 use sluice_spec::{GateHeads, ModelConfig, RoutingConfig, tensor_names as names};
 use sluice_tensor::{DType, Device, Tensor};
 
 use crate::cache::Cache;
 use crate::checkpoint::{Checkpoint, GateTensors, Gates};
 use crate::layer::{Attention, Gate, Layer, LayerOutput, LayerShape, Linear, Mlp};
-use crate::policy::{AttentionPlan, mix, uniform};
+use crate::policy::AttentionPlan;
 use sluice_spec::rope_frequencies::inverse_frequencies;
 
 /// A decoder with its weights. Layers are shared so that checkpointed segments can hold on to them.

@@ -2,9 +2,9 @@
 //! Distillation takes them apart (each layer fed the teacher's input); everything else calls them in a row.
 
 use sluice_autograd::{Param, Tape, Var};
+use sluice_kernels::repeat_heads;
 use sluice_kernels::rope::RopeStyle;
 use sluice_kernels::routed_attention::PlacedRouting;
-use sluice_tensor::Tensor;
 
 use crate::policy::AttentionPlan;
 
@@ -222,14 +222,10 @@ impl Layer {
 
 /// `[B, T, 1] -> [B, T, G]` by repetition, with the gradient summed back; `[B, T, G]` passes through.
 fn repeat_shared(tape: &Tape, scores: &Var, n_kv_heads: usize) -> Var {
-    let [b, t, gate_heads] = scores.value().dims();
+    let gate_heads = scores.value().last_dim();
     if gate_heads == n_kv_heads {
         return scores.clone();
     }
     assert_eq!(gate_heads, 1, "{gate_heads} gate heads cannot serve {n_kv_heads} KV heads");
-    let repeated: Vec<f32> = scores.value().f32().iter().flat_map(|&s| std::iter::repeat_n(s, n_kv_heads)).collect();
-    tape.custom(&[scores], Tensor::from_vec(repeated, [b, t, n_kv_heads]), move |dy| {
-        let summed = dy.f32().chunks_exact(n_kv_heads).map(|heads| heads.iter().sum()).collect();
-        vec![Some(Tensor::from_vec(summed, [b, t, 1]))]
-    })
+    tape.custom(&[scores], repeat_heads::fwd(scores.value(), n_kv_heads), |dy| vec![Some(repeat_heads::bwd(dy))])
 }

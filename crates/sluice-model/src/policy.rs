@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 use sluice_autograd::{Tape, Var};
+use sluice_kernels::gumbel::{self, mix, uniform};
 use sluice_kernels::routed_attention::PlacedRouting;
 use sluice_kernels::top_k_routing::{self, Budget};
 use sluice_kernels::{attention_label, attention_mass, dense_attention};
@@ -165,14 +166,8 @@ impl AttentionPlan {
 
     fn perturb(&self, tape: &Tape, scores: Var, layer: usize) -> Var {
         let Some(noise) = self.noise else { return scores };
-        let gumbel = (0..scores.value().len())
-            .map(|i| {
-                let u = uniform(mix(noise.seed ^ i as u64, layer as u64)).clamp(1e-6, 1.0 - 1e-6);
-                -noise.scale * (-u.ln()).ln()
-            })
-            .collect();
-        let noise = tape.constant(Tensor::from_vec(gumbel, scores.value().shape()));
-        tape.add(&scores, &noise)
+        let noisy = gumbel::add_noise(scores.value(), noise.seed, layer as u64, noise.scale);
+        tape.custom(&[&scores], noisy, |dy| vec![Some(dy.clone())])
     }
 }
 
@@ -234,17 +229,4 @@ fn accumulate_blocks(mass: &mut [f32], batch: usize, n_blocks: usize, per_block:
             this[..per_block].iter_mut().zip(before).for_each(|(a, b)| *a += *b);
         }
     }
-}
-
-/// Hash of two numbers (SplitMix64 finaliser): the same on every machine and in every order of evaluation.
-pub(crate) fn mix(a: u64, b: u64) -> u64 {
-    let mut z = a.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ b.wrapping_mul(0xC2B2_AE3D_27D4_EB4F).wrapping_add(0x1656_67B1_9E37_79F9);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
-}
-
-/// Uniform in [0, 1) from a hash.
-pub(crate) fn uniform(bits: u64) -> f32 {
-    (bits >> 40) as f32 / (1u64 << 24) as f32
 }

@@ -30,3 +30,7 @@ KERNEL scale_by(float* __restrict__ x, const float* __restrict__ factor, u64 n) 
     if (f == 1.f) return;  // the usual gradient of a loss
     EACH(i, n) x[i] *= f;
 }
+
+KERNEL raise_to_zero(float* __restrict__ x, u64 n) {
+    EACH(i, n) x[i] = fmaxf(x[i], 0.f);
+}

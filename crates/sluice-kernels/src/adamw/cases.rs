@@ -3,7 +3,7 @@
 use sluice_tensor::Tensor;
 use sluice_testkit::Rng;
 
-use super::{AdamW, global_norm, naive, scale_in_place, scale_in_place_by, step};
+use super::{AdamW, global_norm, naive, raise_to_zero, scale_in_place, scale_in_place_by, step};
 use crate::row_chunks::CHUNK;
 use crate::selftest::Check;
 
@@ -52,4 +52,8 @@ pub(crate) fn run(check: &mut Check<'_>) {
         let want: Vec<f64> = a.f32().iter().map(|&x| (x * factor) as f64).collect();
         check.compare("scaled by a tensor", &scaled, &want, 0.0);
     }
+    let mut raised = check.put(&a);
+    raise_to_zero(&mut raised);
+    let want: Vec<f64> = a.f32().iter().map(|&x| if x > 0.0 { x as f64 } else { 0.0 }).collect();
+    check.compare("raised to zero", &raised, &want, 0.0);
 }

@@ -58,3 +58,9 @@ pub(super) fn scale_by(gpu: &Gpu, t: &mut Tensor, factor: &Tensor) {
     // SAFETY: `n` elements, and one factor, checked by the caller.
     unsafe { run(gpu, &SOURCE, "scale_by", over_elements(n), &[t.into(), factor.into(), (n as u64).into()]) };
 }
+
+pub(super) fn raise_to_zero(gpu: &Gpu, t: &mut Tensor) {
+    let n = t.len();
+    // SAFETY: `n` elements.
+    unsafe { run(gpu, &SOURCE, "raise_to_zero", over_elements(n), &[t.into(), (n as u64).into()]) };
+}

@@ -90,6 +90,14 @@ pub fn scale_in_place_by(t: &mut Tensor, factor: &Tensor) {
     }
 }
 
+/// `t = max(t, 0)`: what a step does to parameters that have no meaning below 0.
+pub fn raise_to_zero(t: &mut Tensor) {
+    if let Some(gpu) = t.gpu() {
+        return cuda::raise_to_zero(&gpu.clone(), t);
+    }
+    t.f32_mut().iter_mut().for_each(|x| *x = x.max(0.0));
+}
+
 /// What every element of a step has in common, computed once in f64.
 #[derive(Clone, Copy)]
 struct Factors {

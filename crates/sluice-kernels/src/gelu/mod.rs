@@ -1,5 +1,7 @@
 //! Exact GELU: `x Phi(x)` with `Phi(x) = (1 + erf(x / sqrt 2)) / 2`, elementwise.
 
+pub(crate) mod cases;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;
@@ -13,6 +15,9 @@ use crate::vector_math::{erf, exp, vectorised};
 
 /// `gelu(x)`.
 pub fn fwd(x: &Tensor) -> Tensor {
+    if let Some(gpu) = x.gpu() {
+        return cuda::fwd(gpu, x);
+    }
     let xs = x.f32();
     let mut y = vec![0.0; xs.len()];
     for_each_chunk(&mut y, CHUNK, |i, y| fwd_slice(&xs[i * CHUNK..i * CHUNK + y.len()], y));
@@ -23,6 +28,9 @@ pub fn fwd(x: &Tensor) -> Tensor {
 #[track_caller]
 pub fn bwd(dy: &Tensor, x: &Tensor) -> Tensor {
     assert_eq!(dy.shape(), x.shape(), "backward of gelu with dy {:?} and x {:?}", dy.shape(), x.shape());
+    if let Some(gpu) = x.gpu() {
+        return cuda::bwd(gpu, dy, x);
+    }
     let (d, xs) = (dy.f32(), x.f32());
     let mut dx = vec![0.0; xs.len()];
     for_each_chunk(&mut dx, CHUNK, |i, dx| {

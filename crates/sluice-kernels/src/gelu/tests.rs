@@ -1,26 +1,6 @@
-use sluice_testkit::{Rng, assert_close, check_gradient, probe_weights};
+use sluice_testkit::{Rng, check_gradient, probe_weights};
 
 use super::*;
-
-const SIZES: &[usize] = &[0, 1, 63, 100, 1000, 40_000];
-
-fn to_f32(x: &[f64]) -> Vec<f32> {
-    x.iter().map(|&x| x as f32).collect()
-}
-
-fn check(n: usize) {
-    let mut rng = Rng::new(1);
-    let (mut x, dy) = (rng.normal_tensor([n]), rng.normal_tensor([n]));
-    x.f32_mut().iter_mut().enumerate().for_each(|(i, x)| *x *= 1.0 + (i % 5) as f32);
-    let what = format!("[{n}]");
-    assert_close(&what, fwd(&x).f32(), &to_f32(&naive::fwd(x.f32())), 1e-6);
-    assert_close(&what, bwd(&dy, &x).f32(), &to_f32(&naive::bwd(dy.f32(), x.f32())), 1e-6);
-}
-
-#[test]
-fn agrees_with_the_naive_twin() {
-    SIZES.iter().for_each(|&n| check(n));
-}
 
 #[test]
 fn naive_erf_has_the_tabulated_values() {

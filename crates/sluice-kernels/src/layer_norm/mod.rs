@@ -1,6 +1,8 @@
 //! Layer normalisation of each row: `y = (x - mean) / sqrt(var + eps) * weight + bias`, `x [.., M]`,
 //! `var` the biased variance.
 
+pub(crate) mod cases;
+mod cuda;
 pub mod naive;
 #[cfg(test)]
 mod tests;
@@ -21,6 +23,9 @@ pub fn fwd(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> (Tensor, Ten
         weight.shape(),
         bias.shape()
     );
+    if let Some(gpu) = x.gpu() {
+        return cuda::fwd(gpu, x, weight, bias, eps);
+    }
     let (xs, w, b) = (x.f32(), weight.f32(), bias.f32());
     let (mut y, mut moments) = (vec![0.0; xs.len()], vec![(0.0, 0.0); n_rows]);
     let rows = rows_per_chunk(m);
@@ -51,6 +56,9 @@ pub fn bwd(dy: &Tensor, x: &Tensor, weight: &Tensor, mean: &Tensor, inv_std: &Te
         mean.shape(),
         inv_std.shape()
     );
+    if let Some(gpu) = x.gpu() {
+        return cuda::bwd(gpu, dy, x, weight, mean, inv_std);
+    }
     let (d, xs, w, mean, inv_std) = (dy.f32(), x.f32(), weight.f32(), mean.f32(), inv_std.f32());
     let row = |i: usize| i * m..(i + 1) * m;
     let rows = rows_per_chunk(m);

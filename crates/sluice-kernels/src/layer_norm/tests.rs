@@ -4,34 +4,6 @@ use super::*;
 use crate::row_chunks::on_one_and_three_threads;
 
 const EPS: f32 = 1e-5;
-/// `(rows, width)`.
-const CASES: &[(usize, usize)] = &[(0, 63), (1, 2), (63, 100), (100, 63), (3, 1000), (1000, 33), (4, 0)];
-
-fn to_f32(x: &[f64]) -> Vec<f32> {
-    x.iter().map(|&x| x as f32).collect()
-}
-
-fn check(rows: usize, m: usize) {
-    let what = format!("[{rows}, {m}]");
-    let mut rng = Rng::new(1);
-    let (x, w, b) = (rng.normal_tensor([rows, m]), rng.normal_tensor([m]), rng.normal_tensor([m]));
-    let dy = rng.normal_tensor([rows, m]);
-    let (y, mean, inv_std) = fwd(&x, &w, &b, EPS);
-    let (want_y, want_mean, want_inv) = naive::fwd(&x, &w, &b, EPS);
-    assert_close(&what, y.f32(), &to_f32(&want_y), 5e-6);
-    assert_close(&what, mean.f32(), &to_f32(&want_mean), 1e-6);
-    assert_close(&what, inv_std.f32(), &to_f32(&want_inv), 5e-6);
-    let (dx, dw, db) = bwd(&dy, &x, &w, &mean, &inv_std);
-    let (want_dx, want_dw, want_db) = naive::bwd(&dy, &x, &w, EPS);
-    assert_close(&what, dx.f32(), &to_f32(&want_dx), 1e-5);
-    assert_close(&what, dw.f32(), &to_f32(&want_dw), 2e-5);
-    assert_close(&what, db.f32(), &to_f32(&want_db), 2e-5);
-}
-
-#[test]
-fn agrees_with_the_naive_twin() {
-    CASES.iter().for_each(|&(rows, m)| check(rows, m));
-}
 
 #[test]
 fn a_large_mean_costs_no_digits_of_the_variance() {

@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use sluice_kernels::adamw;
 use sluice_model::Decoder;
 use sluice_model::decoder::is_gate;
 use sluice_model::policy::{AttentionPlan, GateNoise, HORIZON, Policy};
@@ -312,7 +313,7 @@ impl Distiller {
         }
         for layer in &mut self.model.layers {
             let gate = std::sync::Arc::make_mut(layer).gate.as_mut().expect("gates were added");
-            gate.recency.value.f32_mut().iter_mut().for_each(|c| *c = c.max(0.0));
+            adamw::raise_to_zero(&mut gate.recency.value);
         }
         Ok(norm)
     }

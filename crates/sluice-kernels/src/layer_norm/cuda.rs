@@ -1,0 +1,49 @@
+//! A warp per row; gradients of weight and bias are sums of columns.
+
+use std::sync::Arc;
+
+use sluice_tensor::Tensor;
+use sluice_tensor::cuda::{Gpu, KernelSource};
+
+use crate::launch::{ColumnSums, output, over_rows, run};
+
+const SOURCE: KernelSource = KernelSource { name: "layer_norm", code: include_str!("layer_norm.cu") };
+
+pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> (Tensor, Tensor, Tensor) {
+    let (m, n_rows) = (x.last_dim(), x.n_rows());
+    let (mut y, mut mean, mut inv_std) = (output(gpu, x.shape()), output(gpu, [n_rows]), output(gpu, [n_rows]));
+    let args = [
+        x.into(),
+        weight.into(),
+        bias.into(),
+        (&mut y).into(),
+        (&mut mean).into(),
+        (&mut inv_std).into(),
+        (n_rows as u32).into(),
+        (m as u32).into(),
+        eps.into(),
+    ];
+    // SAFETY: `y` has the shape of `x`, weight and bias (checked by the caller) its last, the moments an element per row.
+    unsafe { run(gpu, &SOURCE, "layer_norm_fwd", over_rows(n_rows), &args) };
+    (y, mean, inv_std)
+}
+
+pub(super) fn bwd(gpu: &Arc<Gpu>, dy: &Tensor, x: &Tensor, weight: &Tensor, mean: &Tensor, inv_std: &Tensor) -> (Tensor, Tensor, Tensor) {
+    let (m, n_rows) = (x.last_dim(), x.n_rows());
+    let (mut dx, mut normalised) = (output(gpu, x.shape()), output(gpu, x.shape()));
+    let args = [
+        dy.into(),
+        x.into(),
+        weight.into(),
+        mean.into(),
+        inv_std.into(),
+        (&mut dx).into(),
+        (&mut normalised).into(),
+        (n_rows as u32).into(),
+        (m as u32).into(),
+    ];
+    // SAFETY: shapes as above, checked by the caller.
+    unsafe { run(gpu, &SOURCE, "layer_norm_bwd", over_rows(n_rows), &args) };
+    let sums = |x, y| ColumnSums { x, y, row_scale: None, coefficients: None, n_out: 1 }.run(n_rows, m).reshape([m]);
+    (dx, sums(&normalised, Some(dy)), sums(dy, None))
+}
