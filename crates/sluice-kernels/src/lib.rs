@@ -15,6 +15,7 @@ pub mod gate_score;
 pub mod gelu;
 pub mod gumbel;
 pub mod int8_linear;
+pub mod kept_mass;
 mod launch;
 pub mod layer_norm;
 pub mod linear;

@@ -12,7 +12,7 @@ use anyhow::{Result, bail};
 use rayon::prelude::*;
 use sluice_autograd::{Param, Tape};
 use sluice_kernels::ridge::{RidgeSums, Sums};
-use sluice_kernels::{attention_mass, dense_attention, log_rank, top_k_routing};
+use sluice_kernels::{attention_mass, dense_attention, gate_score, kept_mass, log_rank, top_k_routing};
 use sluice_model::policy::{self, HORIZON};
 use sluice_model::{Decoder, Layer};
 use sluice_spec::RoutingConfig;
@@ -148,25 +148,24 @@ impl SlopeSearch {
         let n_heads = model.config.n_kv_heads;
         for_each_dense_layer(model, tokens, |index, layer, dense| {
             let positions: Vec<u32> = (0..tokens.len() as u32).collect();
-            // [1, T, G], slope still zero. Many routings of one document: chosen and judged in main memory.
-            let content = layer.score(&Tape::frozen(), &dense.p.x, &positions).value().to(&Device::Cpu);
+            let content = layer.score(&Tape::frozen(), &dense.p.x, &positions); // [1, T, G], slope still zero
             let (q, k) = (dense.p.q.value(), dense.p.k.value());
-            let mass = |power| attention_mass::block_mass(q, k, dense.lse, routing.route_every, power, &[tokens.len()]);
-            let masses = [1.0, 2.0].map(|power| mass(power).to(&Device::Cpu));
+            let masses = [1.0, 2.0].map(|power| attention_mass::block_mass(q, k, dense.lse, routing.route_every, power, &[tokens.len()]));
+            let mut shares = vec![];
             for (si, slope) in SLOPES.into_iter().enumerate() {
-                let mut scores = content.clone();
-                for (i, s) in scores.f32_mut().iter_mut().enumerate() {
-                    let deviation = deviations[index][(i % n_heads).min(deviations[index].len() - 1)];
-                    *s += slope * deviation * (i / n_heads) as f32 / 1024.0;
-                }
+                let deviation = |head: usize| deviations[index][head.min(deviations[index].len() - 1)];
+                let slopes: Vec<f32> = (0..n_heads).map(|head| slope * deviation(head)).collect();
+                let scores = gate_score::add_recency(content.value(), &slopes);
                 for &kv_budget in budgets {
                     let Ok(at_budget) = routing.with_kv_budget(kv_budget) else { continue };
-                    let routing = top_k_routing::route(&scores, &[tokens.len()], &policy::budget(&at_budget));
-                    for mass in &masses {
-                        for (head, kept) in kept_mass(mass, &routing).into_iter().enumerate() {
-                            self.kept[index][head][si] += kept;
-                        }
-                    }
+                    let routing = top_k_routing::route_in_place(&scores, &[tokens.len()], &policy::budget(&at_budget));
+                    shares.extend(masses.iter().map(|mass| (si, kept_mass::kept_share(mass, &routing))));
+                }
+            }
+            // Read when everything is queued: from a GPU, reading waits.
+            for (si, share) in shares {
+                for (head, share) in share.to(&Device::Cpu).f32().iter().enumerate() {
+                    self.kept[index][head][si] += *share as f64;
                 }
             }
         });
@@ -212,24 +211,6 @@ fn for_each_dense_layer(model: &Decoder, tokens: &[u32], mut look: impl FnMut(us
             h = layer.finish(&tape, &h, &layer.block_output(&tape, &tape.constant(o)));
         }
     }
-}
-
-/// Share of the attention outside the window, `mass [1, blocks, G, S]`, that a routing keeps, per KV head.
-fn kept_mass(mass: &Tensor, routing: &sluice_kernels::routed_attention::Routing) -> Vec<f64> {
-    let [_, n_blocks, g, s] = mass.dims();
-    let mass = mass.f32();
-    (0..g)
-        .map(|head| {
-            let (mut kept, mut all) = (0.0, 1e-9);
-            for block in 0..n_blocks {
-                let row = &mass[(block * g + head) * s..][..s];
-                let first_local = (block * routing.route_every + 1).saturating_sub(routing.window);
-                all += row[..first_local].iter().map(|&m| m as f64).sum::<f64>();
-                kept += routing.routed(0, block, head).iter().map(|&j| row[j as usize] as f64).sum::<f64>();
-            }
-            kept / all
-        })
-        .collect()
 }
 
 /// Weights `[G, M]`, intercepts `[G]` and standard deviations of the label `[G]`.

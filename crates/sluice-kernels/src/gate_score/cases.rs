@@ -3,7 +3,7 @@
 use sluice_tensor::Tensor;
 use sluice_testkit::Rng;
 
-use super::{bwd, fwd, naive};
+use super::{add_recency, bwd, fwd, naive};
 use crate::selftest::Check;
 
 const EPS: f32 = 1e-5;
@@ -24,6 +24,10 @@ pub(crate) fn run(check: &mut Check<'_>) {
         // The dot product of m terms has a rounding error of a few ulp of sqrt(m).
         let exact = 4e-6 * (m as f64).sqrt().max(4.0);
         check.compare("scores", &scores, &want, exact);
+        let later = add_recency(&check.put(&dscores), recency.f32());
+        let slope = |i: usize| recency.f32()[i % gs] as f64 * (i / gs % t) as f64 / 1024.0;
+        let want: Vec<f64> = dscores.f32().iter().enumerate().map(|(i, &s)| s as f64 + slope(i)).collect();
+        check.compare("scores with a slope", &later, &want, 1e-6);
         if t > 1 {
             let last = Tensor::from_vec(x.f32()[(t - 1) * m..t * m].to_vec(), [1, 1, m]);
             let alone = fwd(&check.put(&last), &weight_there, &bias_there, &recency_there, &positions[t - 1..], EPS);

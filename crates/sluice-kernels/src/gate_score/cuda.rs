@@ -6,7 +6,7 @@ use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Arg, Gpu, KernelSource, or_raise};
 
 use super::RECENCY_UNIT;
-use crate::launch::{ColumnSums, output, over_rows, run};
+use crate::launch::{ColumnSums, output, over_elements, over_rows, run};
 
 const SOURCE: KernelSource = KernelSource { name: "gate_score", code: include_str!("gate_score.cu") };
 
@@ -69,4 +69,23 @@ pub(super) fn bwd(
     let dbias = sums(dscores, None, None, 1, gs).reshape([gs]);
     let drecency = sums(dscores, Some(&ages), None, 1, gs).reshape([gs]);
     (dweight, dbias, drecency, dx)
+}
+
+pub(super) fn add_recency(gpu: &Arc<Gpu>, scores: &Tensor, slopes: &[f32]) -> Tensor {
+    let [_, t, g] = scores.dims();
+    let slopes = or_raise(gpu.upload_slice(slopes));
+    let mut later = output(gpu, scores.shape());
+    let n = scores.len();
+    let args = [
+        scores.into(),
+        (&slopes).into(),
+        (&mut later).into(),
+        (n as u64).into(),
+        (t as u32).into(),
+        (g as u32).into(),
+        RECENCY_UNIT.into(),
+    ];
+    // SAFETY: both have `n` elements in rows of `g`, the caller checked the slopes.
+    unsafe { run(gpu, &SOURCE, "add_recency", over_elements(n), &args) };
+    later
 }

@@ -48,3 +48,9 @@ KERNEL gate_score_bwd(const float* __restrict__ dscores, const float* __restrict
         for (u32 i = lane; i < m; i += 32) dx[i] = fmaf(d * inv, fmaf(x[i], -along, a[i]), dx[i]);
     }
 }
+
+KERNEL add_recency(const float* __restrict__ scores, const float* __restrict__ slopes, float* __restrict__ later, u64 n, u32 t, u32 g,
+                   float unit) {
+    for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x)
+        later[i] = scores[i] + slopes[i % g] * (float)(u32)(i / g % t) / unit;
+}

@@ -30,6 +30,18 @@ pub fn fwd(x: &Tensor, weight: &Tensor, bias: &Tensor, recency: &Tensor, positio
     Tensor::from_vec(cpu::fwd(x.f32(), weight.f32(), bias.f32(), recency.f32(), positions, eps), [b, t, gs])
 }
 
+/// Scores `[B, T, G]` with `slopes[g] pos_j / 1024` added; row `j` of a sequence is at position `j`.
+#[track_caller]
+pub fn add_recency(scores: &Tensor, slopes: &[f32]) -> Tensor {
+    let [_, t, g] = scores.dims();
+    assert_eq!(slopes.len(), g, "add_recency to scores {:?}", scores.shape());
+    if let Some(gpu) = scores.gpu() {
+        return cuda::add_recency(gpu, scores, slopes);
+    }
+    let later = |(i, score): (usize, &f32)| score + slopes[i % g] * (i / g % t) as f32 / RECENCY_UNIT;
+    Tensor::from_vec(scores.f32().iter().enumerate().map(later).collect(), scores.shape())
+}
+
 /// Scores `[Gs]` of one token `x [M]` at `position`, the bits of [`fwd`], into a slice that exists already.
 #[track_caller]
 pub fn token(x: &[f32], weight: &[f32], bias: &[f32], recency: &[f32], position: u32, eps: f32, scores: &mut [f32]) {

@@ -50,6 +50,7 @@ const OPS: &[(&str, Cases)] = &[
     ("swiglu", crate::swiglu::cases::run),
     ("gelu", crate::gelu::cases::run),
     ("output_head", crate::output_head::cases::run),
+    ("kept_mass", crate::kept_mass::cases::run),
     ("attention_label", crate::attention_label::cases::run),
     ("attention_mass", crate::attention_mass::cases::run),
     ("log_rank", crate::log_rank::cases::run),
