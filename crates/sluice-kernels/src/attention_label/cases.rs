@@ -20,6 +20,9 @@ pub(crate) fn run(check: &mut Check<'_>) {
         let narrow = w_o.to_dtype(DType::Bf16);
         let want = naive::key_weight(&narrow.to_dtype(DType::F32), &v);
         check.compare("key weight of bf16", &key_weight(&check.put(&narrow), &check.put(&v)), &want, 1e-5);
+        let narrow = v.to_dtype(DType::Bf16);
+        let want = naive::key_weight(&w_o, &narrow.to_dtype(DType::F32));
+        check.compare("key weight of bf16 values", &key_weight(&check.put(&w_o), &check.put(&narrow)), &want, 1e-5);
         check.compare("query weight", &query_weight(&check.put(&h)), &naive::query_weight(&h), 3e-6);
     }
     check.case("attention_label", "zeros");

@@ -11,7 +11,7 @@ pub mod naive;
 
 use sluice_tensor::{DType, Tensor};
 
-/// `|W_O,h v_j|^2` `[B, S, H]` of `w_o [M, H D]` (f32 or bf16) and `v [B, S, G, D]`.
+/// `|W_O,h v_j|^2` `[B, S, H]` of `w_o [M, H D]` and `v [B, S, G, D]`, each f32 or bf16.
 ///
 /// Through the Gram matrix of each head's slice of `W_O`, which costs `D^2` instead of `M D` per value.
 #[track_caller]
@@ -23,10 +23,10 @@ pub fn key_weight(w_o: &Tensor, v: &Tensor) -> Tensor {
     if v.is_empty() {
         return v.reshape([b, s, n_heads]);
     }
-    let w_o = w_o.to_dtype(DType::F32);
+    let [w_o, v] = [w_o, v].map(|x| x.to_dtype(DType::F32));
     match v.gpu() {
-        Some(gpu) => cuda::key_weight(gpu, &w_o, v, n_heads),
-        None => cpu::key_weight(&w_o, v, n_heads),
+        Some(gpu) => cuda::key_weight(gpu, &w_o, &v, n_heads),
+        None => cpu::key_weight(&w_o, &v, n_heads),
     }
 }
 
@@ -34,8 +34,9 @@ pub fn key_weight(w_o: &Tensor, v: &Tensor) -> Tensor {
 #[track_caller]
 pub fn query_weight(h: &Tensor) -> Tensor {
     let [b, t, _] = h.dims();
+    let h = h.to_dtype(DType::F32);
     match h.gpu() {
-        Some(gpu) => cuda::query_weight(gpu, h),
+        Some(gpu) => cuda::query_weight(gpu, &h),
         None => Tensor::from_vec(cpu::query_weight(h.f32(), h.last_dim()), [b, t]),
     }
 }

@@ -1,6 +1,6 @@
 //! The case list of [`selftest`](crate::selftest). Every case takes the `lse` of dense attention, so that weights are at most 1.
 
-use sluice_tensor::Tensor;
+use sluice_tensor::{DType, Tensor};
 use sluice_testkit::Rng;
 
 use super::{block_mass, future_mass, naive};
@@ -52,6 +52,17 @@ pub(crate) fn run(check: &mut Check<'_>) {
             check.require("a row per block", got.shape() == [batch, t.div_ceil(route_every), n_kv_heads, t]);
         }
     }
+    check.case("attention_mass", "bf16 queries and keys");
+    let mut rng = Rng::new(8);
+    let [q, k] = [4, 2].map(|heads| rng.normal_tensor([1, 90, heads, 16]).to_dtype(DType::Bf16));
+    let [wide_q, wide_k] = [&q, &k].map(|x| x.to_dtype(DType::F32));
+    let (_, lse) = dense_attention::fwd(&wide_q, &wide_k, &wide_k, 0, &[90]);
+    let positions = [(0..90).collect()];
+    let (q, k, lse_there) = (check.put(&q), check.put(&k), check.put(&lse));
+    let got = future_mass(&q, &k, &lse_there, None, None, &positions, 8, 32, 2.0, &[90]);
+    check.compare("future mass", &got[0], &naive::future_mass(&wide_q, &wide_k, &lse, None, None, &positions, 8, 32, 2.0, &[90])[0], 2e-5);
+    let got = block_mass(&q, &k, &lse_there, 16, 1.0, &[90]);
+    check.compare("block mass", &got, &naive::block_mass(&wide_q, &wide_k, &lse, 16, 1.0, &[90]), 2e-5);
     check.case("attention_mass", "no positions");
     let x = check.put(&Tensor::zeros([1, 4, 1, 2]));
     let mass = future_mass(&x, &x, &check.put(&Tensor::zeros([1, 4, 1])), None, None, &[vec![]], 4, 16, 1.0, &[4]);

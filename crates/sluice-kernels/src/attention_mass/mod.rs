@@ -2,7 +2,7 @@
 //! predict ([`future_mass`]) and the score of an attention-sum router ([`block_mass`]).
 //!
 //! `a_tj = exp(q_t . k_j / sqrt(D) - lse_t)` is the attention of dense causal attention, of which the forward pass
-//! left `lse`; on a GPU its factors are f32 in every precision. Knows nothing about gates or labels' logarithms.
+//! left `lse`. Queries and keys may be f32 or bf16; products are f32 in every precision. Knows nothing about gates or labels' logarithms.
 
 pub(crate) mod cases;
 mod cpu;
@@ -13,7 +13,7 @@ mod tile;
 #[cfg(test)]
 mod tests;
 
-use sluice_tensor::Tensor;
+use sluice_tensor::{DType, Tensor};
 
 /// Attention that chosen keys will receive once they have left the window.
 ///
@@ -44,8 +44,9 @@ pub fn future_mass(
     assert_eq!(positions.len(), dims.batch, "future_mass: lists of positions with q {:?}", q.shape());
     let last = positions.iter().flatten().max();
     assert!(last.is_none_or(|&p| (p as usize) < dims.t), "future_mass: position {last:?} is outside k {:?}", k.shape());
+    let [q, k] = [q, k].map(|x| x.to_dtype(DType::F32));
     if let Some(gpu) = q.gpu() {
-        return cuda::future_mass(gpu, &dims, [q, k, lse], key_weight, query_weight, positions, window, horizon, power, lens);
+        return cuda::future_mass(gpu, &dims, [&q, &k, lse], key_weight, query_weight, positions, window, horizon, power, lens);
     }
     let (key_weight, query_weight) = (key_weight.map(Tensor::f32), query_weight.map(Tensor::f32));
     cpu::future_mass(&dims, q.f32(), k.f32(), lse.f32(), key_weight, query_weight, positions, window, horizon, power, lens)
@@ -57,8 +58,9 @@ pub fn future_mass(
 pub fn block_mass(q: &Tensor, k: &Tensor, lse: &Tensor, route_every: usize, power: f32, lens: &[usize]) -> Tensor {
     let dims = Dims::of("block_mass", q, k, lse, lens);
     assert!(route_every > 0, "block_mass: blocks of 0 queries");
+    let [q, k] = [q, k].map(|x| x.to_dtype(DType::F32));
     if let Some(gpu) = q.gpu() {
-        return cuda::block_mass(gpu, &dims, [q, k, lse], route_every, power, lens);
+        return cuda::block_mass(gpu, &dims, [&q, &k, lse], route_every, power, lens);
     }
     cpu::block_mass(&dims, q.f32(), k.f32(), lse.f32(), route_every, power, lens)
 }

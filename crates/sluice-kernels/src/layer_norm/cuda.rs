@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Gpu, KernelSource};
+use sluice_tensor::{DType, Tensor};
 
 use crate::launch::{ColumnSums, output, over_rows, run};
 
@@ -11,6 +11,7 @@ const SOURCE: KernelSource = KernelSource { name: "layer_norm", code: include_st
 
 pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> (Tensor, Tensor, Tensor) {
     let (m, n_rows) = (x.last_dim(), x.n_rows());
+    let x = &x.to_dtype(DType::F32);
     let (mut y, mut mean, mut inv_std) = (output(gpu, x.shape()), output(gpu, [n_rows]), output(gpu, [n_rows]));
     let args = [
         x.into(),
@@ -30,6 +31,7 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, weight: &Tensor, bias: &Tensor, ep
 
 pub(super) fn bwd(gpu: &Arc<Gpu>, dy: &Tensor, x: &Tensor, weight: &Tensor, mean: &Tensor, inv_std: &Tensor) -> (Tensor, Tensor, Tensor) {
     let (m, n_rows) = (x.last_dim(), x.n_rows());
+    let (dy, x) = (&dy.to_dtype(DType::F32), &x.to_dtype(DType::F32));
     let (mut dx, mut normalised) = (output(gpu, x.shape()), output(gpu, x.shape()));
     let args = [
         dy.into(),

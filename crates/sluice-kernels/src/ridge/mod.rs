@@ -10,7 +10,7 @@ pub mod naive;
 mod tests;
 
 use sluice_tensor::cuda::{Buffer, or_raise};
-use sluice_tensor::{Device, Tensor};
+use sluice_tensor::{DType, Device, Tensor};
 
 /// The sums as plain numbers.
 #[derive(Clone, Debug, PartialEq)]
@@ -64,7 +64,7 @@ impl RidgeSums {
         fits
     }
 
-    /// Add the rows `positions` of `x [1, T, M]` with labels `y [n, G]`, both on one device.
+    /// Add the rows `positions` of `x [1, T, M]` (f32 or bf16) with labels `y [n, G]`, both on one device.
     #[track_caller]
     pub fn add(&mut self, x: &Tensor, eps: f32, positions: &[u32], y: &Tensor) {
         let [b, t, m] = x.dims();
@@ -77,6 +77,7 @@ impl RidgeSums {
             positions.len(),
             y.shape()
         );
+        let x = &x.to_dtype(DType::F32);
         let Some(gpu) = x.gpu() else {
             if let Place::Gpu(_) = self.place {
                 self.place = Place::Host(self.sums());
