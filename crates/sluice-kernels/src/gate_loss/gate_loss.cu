@@ -45,7 +45,7 @@ __device__ u32 nth_largest(const u32* values, u32 n, u32 k) {
 }
 
 // losses [G]; grad [T, G]. `n` may be 0: no ranking then.
-KERNEL gate_loss(const float* __restrict__ scores, const float* __restrict__ slopes, const u32* __restrict__ positions,
+KERNEL __launch_bounds__(1024) gate_loss(const float* __restrict__ scores, const float* __restrict__ slopes, const u32* __restrict__ positions,
                  const float* __restrict__ labels, float* grad, float* __restrict__ losses, u32 t, u32 n_slopes, u32 n, u32 n_kept,
                  float rank, float spread, float smooth, float unit) {
     extern __shared__ u32 values[];
