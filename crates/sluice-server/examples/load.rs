@@ -115,8 +115,7 @@ fn main() {
     }
     // Alone now, one after the other.
     let mut different = 0;
-    let checked = survivors.len().min(600);
-    for (prompt, text) in &survivors[..checked] {
+    for (prompt, text) in &survivors {
         match ask(&options, &model, prompt, None) {
             Ok(Heard::Whole { text: alone, .. }) => different += usize::from(alone != *text),
             _ => different += 1,
@@ -125,7 +124,7 @@ fn main() {
     problems.truncate(20);
     let report = json!({
         "streams_at_once": options.streams, "max_prompt": options.max_prompt, "max_tokens": options.max_tokens, "rounds": rounds,
-        "errors": problems.len(), "problems": problems, "survivors": survivors.len(), "compared_with_solo_run": checked, "different": different,
+        "errors": problems.len(), "problems": problems, "survivors_compared_with_solo_run": survivors.len(), "different": different,
         "resident_bytes_at_end": resident_bytes(options.pid), "generated_tokens": metric(&options, "sluice_generated_tokens_total"),
         "prompt_tokens": metric(&options, "sluice_prompt_tokens_total"), "cancelled": metric(&options, "sluice_requests_cancelled_total"),
         "batch_size_mean": metric(&options, "sluice_batch_size_sum") / metric(&options, "sluice_batch_size_count"),
