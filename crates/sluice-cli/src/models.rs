@@ -51,10 +51,15 @@ fn embedded() -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-/// Load a model and, if given, gates for it.
+/// Load a model with the given gates, or else with those that lie in its folder.
 pub(crate) fn load(model: &str, gates: Option<&Path>) -> Result<Loaded> {
-    let mut checkpoint = if model == TINY { embedded()? } else { checkpoint::load(&resolve(model)?)? };
-    if let Some(path) = gates {
+    let (mut checkpoint, beside) = if model == TINY {
+        (embedded()?, None)
+    } else {
+        let path = resolve(model)?;
+        (checkpoint::load(&path)?, gates_beside(model, &path))
+    };
+    if let Some(path) = gates.or(beside.as_deref()) {
         checkpoint.gates = Some(checkpoint::load_gates(path, &checkpoint.config)?);
     }
     let decoder = Decoder::from_checkpoint(&checkpoint);
@@ -90,6 +95,13 @@ pub(crate) fn resolve(model: &str) -> Result<PathBuf> {
         }
     }
     Ok(path)
+}
+
+/// The gate file in the folder of a GGUF file that was found there; a file that was named itself comes alone.
+fn gates_beside(model: &str, found: &Path) -> Option<PathBuf> {
+    let named_itself = Path::new(model) == found;
+    let gates = found.parent()?.join(checkpoint::GATES_FILE);
+    (!named_itself && found.is_file() && gates.is_file()).then_some(gates)
 }
 
 /// Which keys are kept: the options that every command with a routed model shares.
@@ -149,4 +161,22 @@ impl RoutingArgs {
 /// Parse a policy name for clap.
 pub(crate) fn parse_policy(name: &str) -> Result<Policy, String> {
     Policy::parse(name).ok_or_else(|| format!("expected one of {}", Policy::ALL.map(Policy::name).join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gates_come_with_a_folder_and_not_with_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let gguf = folder.path().join("model.gguf");
+        std::fs::write(&gguf, "").unwrap();
+        let name = folder.path().to_str().unwrap();
+        assert_eq!(gates_beside(name, &gguf), None);
+        let gates = folder.path().join(checkpoint::GATES_FILE);
+        std::fs::write(&gates, "").unwrap();
+        assert_eq!(gates_beside(name, &resolve(name).unwrap()), Some(gates));
+        assert_eq!(gates_beside(gguf.to_str().unwrap(), &gguf), None);
+    }
 }

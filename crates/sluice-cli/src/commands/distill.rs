@@ -76,7 +76,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let started = Instant::now();
     let loaded = models::load(&args.teacher, None)?;
-    let config = settings(args)?;
+    let config = settings(args, loaded.model.has_gates())?;
     let teacher = args.logits_from.as_deref().map(|m| models::load(m, None)).transpose()?;
     if let Some(teacher) = &teacher {
         let (a, b) = (&loaded.tokenizer, &teacher.tokenizer);
@@ -144,8 +144,8 @@ pub(crate) fn compared_policy(name: &str) -> Result<Policy> {
     of_report.with_context(|| format!("unknown policy `{name}`; expected gate, streaming, random, h2o or oracle"))
 }
 
-/// Defaults, then the file, then the options.
-fn settings(args: &Args) -> Result<DistillConfig> {
+/// Defaults, then the file, then the options. Gates that a model has are trained further, not fitted anew, unless somebody asks.
+fn settings(args: &Args, has_gates: bool) -> Result<DistillConfig> {
     let mut config = match &args.config {
         Some(path) => {
             let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -159,6 +159,9 @@ fn settings(args: &Args) -> Result<DistillConfig> {
     }
     if !args.stage.is_empty() {
         config.keep_stages(&args.stage);
+    } else if has_gates && args.config.is_none() {
+        eprintln!("the model has gates, from which this run goes on; --stage 0 .. would fit new ones");
+        config.keep_stages(&[1, 2, 3]);
     }
     config.validate()?;
     Ok(config)
