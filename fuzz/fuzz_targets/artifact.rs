@@ -39,6 +39,9 @@ fuzz_target!(|data: &[u8]| {
             engine.extend(&mut sequence, tokens).expect("every model has a token 0");
         }
         let snapshot = sequence.snapshot();
-        engine.new_sequence().restore(&snapshot).expect("its own snapshot");
+        // Weights that make a key or value overflow f16 leave a state that is good for nothing, and is refused as that.
+        if let Err(error) = engine.new_sequence().restore(&snapshot) {
+            assert!(error.to_string().contains("not finite"), "its own snapshot: {error}");
+        }
     });
 });
