@@ -32,6 +32,19 @@ impl Tape {
         })
     }
 
+    /// Dense attention of an encoder: every query of `q [B, T, H, D]` sees the first `lens[b]` rows of `k`, `v [B, T, G, D]`.
+    #[track_caller]
+    pub fn bidirectional_attention(&self, q: &Var, k: &Var, v: &Var, lens: &[usize]) -> Var {
+        let (o, lse) = dense_attention::fwd_bidirectional(q.value(), k.value(), v.value(), lens);
+        let kept = [q, k, v].map(|var| var.value().clone());
+        let (o_value, lens) = (o.clone(), lens.to_vec());
+        self.custom(&[q, k, v], o, move |dout| {
+            let [q, k, v] = &kept;
+            let (dq, dk, dv) = dense_attention::bwd_bidirectional(dout, q, k, v, &o_value, &lse, &lens);
+            vec![Some(dq), Some(dk), Some(dv)]
+        })
+    }
+
     /// Dense causal attention: query `i` of `q [B, T, H, D]` is at position `start + i` and sees the rows
     /// `0..=start + i` of `k`, `v [B, S, G, D]`.
     #[track_caller]

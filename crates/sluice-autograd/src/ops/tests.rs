@@ -82,6 +82,13 @@ fn rope_and_dense_attention() {
 }
 
 #[test]
+fn attention_of_an_encoder() {
+    check("bidirectional attention", &inputs(14, [&[2, 6, 4, 4], &[2, 6, 2, 4], &[2, 6, 2, 4]]), |tape, v| {
+        tape.bidirectional_attention(&v[0], &v[1], &v[2], &[6, 4])
+    });
+}
+
+#[test]
 fn gate_and_routed_attention() {
     let [x, gate, bias, recency, q, k, v] = inputs(5, [&[2, 11, 6], &[2, 6], &[2], &[2], &[2, 11, 4, 4], &[2, 11, 2, 4], &[2, 11, 2, 4]]);
     let positions: Vec<u32> = (0..11).collect();

@@ -4,7 +4,7 @@ use sluice_tensor::cuda::Precision;
 use sluice_tensor::{Device, Tensor};
 use sluice_testkit::Rng;
 
-use super::{bwd, fwd, naive};
+use super::{WHOLE, bwd, bwd_bidirectional, fwd, fwd_bidirectional, naive};
 use crate::selftest::Check;
 
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +33,10 @@ const CASES: &[Case] = &[
     Case { t: 1000, heads: (6, 2), short: Some(513), ..BASE },
     Case { t: 300, heads: (9, 3), start: 100, short: Some(130), ..BASE },
     Case { t: 300, heads: (8, 2), d: 128, short: Some(65), ..BASE },
+    Case { t: 1, start: WHOLE, ..BASE },
+    Case { t: 63, start: WHOLE, heads: (4, 4), d: 32, ..BASE },
+    Case { t: 128, start: WHOLE, heads: (2, 2), short: Some(77), ..BASE },
+    Case { t: 300, start: WHOLE, heads: (4, 2), d: 100, short: Some(0) },
 ];
 
 pub(super) struct Inputs {
@@ -51,7 +55,8 @@ impl Inputs {
 
     pub(super) fn filled(case: &Case, mut unread: impl FnMut(&mut Rng) -> f32) -> Self {
         let (n_batch, (h, g)) = (1 + case.short.is_some() as usize, case.heads);
-        let (t, s, d) = (case.t, case.start + case.t + 3, case.d);
+        let whole = case.start == WHOLE;
+        let (t, s, d) = (case.t, if whole { case.t } else { case.start + case.t + 3 }, case.d);
         let lens: Vec<usize> = [t].into_iter().chain(case.short).collect();
         let mut rng = Rng::new(5 + t as u64);
         let mut tensor = |rows: usize, heads: usize, first_unused: &dyn Fn(usize) -> usize| {
@@ -62,7 +67,7 @@ impl Inputs {
             }
             x
         };
-        let keys = |b: usize| if lens[b] == 0 { 0 } else { case.start + lens[b] };
+        let keys = |b: usize| if lens[b] == 0 || whole { lens[b] } else { case.start + lens[b] };
         let k = tensor(s, g, &keys);
         let v = tensor(s, g, &keys);
         let q = tensor(t, h, &|b| lens[b]);
@@ -76,10 +81,14 @@ pub(crate) fn run(check: &mut Check<'_>) {
         let Case { t, start, heads: (h, g), d, short } = *case;
         check.case(
             "dense_attention",
-            format!("{t} from {start}, {h} on {g} heads of {d}, {}", short.map_or("one".into(), |n| format!("and {n}"))),
+            format!(
+                "{t} {}, {h} on {g} heads of {d}, {}",
+                if start == WHOLE { "whole".into() } else { format!("from {start}") },
+                short.map_or("one".into(), |n| format!("and {n}"))
+            ),
         );
         let gpu = check.device().gpu();
-        let on_tensor_cores = gpu.is_some_and(|gpu| gpu.precision() == Precision::Bf16) && [64, 128].contains(&d);
+        let on_tensor_cores = gpu.is_some_and(|gpu| gpu.precision() == Precision::Bf16) && [64, 128].contains(&d) && start != WHOLE;
         let mut x = Inputs::poisoned(case);
         if on_tensor_cores {
             for factor in [&mut x.q, &mut x.k, &mut x.v, &mut x.dout] {
@@ -89,16 +98,20 @@ pub(crate) fn run(check: &mut Check<'_>) {
         // Weights and results have 8 bits there, and a few weights are near 1.
         let rounded = if on_tensor_cores { 1.0 / 64.0 } else { 0.0 };
         let [q, k, v, dout] = [&x.q, &x.k, &x.v, &x.dout].map(|t| check.put(t));
-        let (o, lse) = fwd(&q, &k, &v, start, &x.lens);
+        let (o, lse) = if start == WHOLE { fwd_bidirectional(&q, &k, &v, &x.lens) } else { fwd(&q, &k, &v, start, &x.lens) };
         let (want_o, want_lse) = naive::fwd(&x.q, &x.k, &x.v, start, &x.lens);
         check.compare("o", &o, &want_o, 2e-5 + rounded / 2.0);
         check.compare("lse", &lse, &want_lse, if on_tensor_cores { 1e-4 } else { 1e-5 });
-        let (dq, dk, dv) = bwd(&dout, &q, &k, &v, &o, &lse, start, &x.lens);
+        let backward = || match start {
+            WHOLE => bwd_bidirectional(&dout, &q, &k, &v, &o, &lse, &x.lens),
+            _ => bwd(&dout, &q, &k, &v, &o, &lse, start, &x.lens),
+        };
+        let (dq, dk, dv) = backward();
         let (want_dq, want_dk, want_dv) = naive::bwd(&x.dout, &x.q, &x.k, &x.v, start, &x.lens);
         check.compare("dq", &dq, &want_dq, 5e-5 + rounded);
         check.compare("dk", &dk, &want_dk, 5e-5 + rounded);
         check.compare("dv", &dv, &want_dv, 5e-5 + rounded);
-        let again = bwd(&dout, &q, &k, &v, &o, &lse, start, &x.lens);
+        let again = backward();
         let same = [(&dq, &again.0), (&dk, &again.1), (&dv, &again.2)].into_iter().all(|(a, b)| same_bits(a, b));
         check.require("the same bits again", same);
     }

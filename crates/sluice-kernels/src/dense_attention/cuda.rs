@@ -5,6 +5,7 @@ use std::sync::Arc;
 use sluice_tensor::cuda::{Arg, Buffer, Gpu, KernelSource, or_raise};
 use sluice_tensor::{DType, Tensor};
 
+use super::WHOLE;
 use super::tensor_cores::Call;
 use crate::launch::{THREADS, output, over_rows, run};
 use crate::routed_attention::Dims;
@@ -47,8 +48,13 @@ unsafe fn tiled(gpu: &Gpu, name: &str, grid: [usize; 3], shared: u32, args: &[Ar
     or_raise(unsafe { gpu.launch(function, grid.map(|x| x as u32), [THREADS, 1, 1], shared, args) });
 }
 
+/// The tensor cores serve causal attention.
+fn tensor_cores<'a>(gpu: &'a Arc<Gpu>, dims: &'a Dims, q: &Tensor, start: usize, lens: &'a [usize]) -> Option<Call<'a>> {
+    if start == WHOLE { None } else { Call::new(gpu, dims, q.dtype(), start, lens) }
+}
+
 pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens: &[usize]) -> (Tensor, Tensor) {
-    if let Some(call) = Call::new(gpu, dims, q.dtype(), start, lens) {
+    if let Some(call) = tensor_cores(gpu, dims, q, start, lens) {
         return call.fwd(q, k, v);
     }
     let dtype = q.dtype();
@@ -71,7 +77,7 @@ pub(super) fn bwd(
     start: usize,
     lens: &[usize],
 ) -> (Tensor, Tensor, Tensor) {
-    if let Some(call) = Call::new(gpu, dims, q.dtype(), start, lens) {
+    if let Some(call) = tensor_cores(gpu, dims, q, start, lens) {
         return call.bwd([dout, q, k, v, o, lse]);
     }
     let dtype = q.dtype();

@@ -1,12 +1,18 @@
-// Dense causal attention in f32 on the plain cores: for every head width up to 128 and for the f32 and TF32 modes. [T, S] exists one tile
+// Dense attention in f32 on the plain cores: for every head width up to 128 and for the f32 and TF32 modes. [T, S] exists one tile
 // at a time (FlashAttention-2, arXiv 2307.08691): the forward keeps a running maximum and sum per row, the backward recomputes.
 //
 // 256 threads are 16 x 16; thread (ty, tx) has rows ty * R + i and columns tx + 16 j of every product. Every sum has one order.
 
 constexpr u32 THREADS = 256;
 
+// As `start`: every query sees every valid key.
+constexpr u32 WHOLE = 1u << 30;
+
 struct Shape {
     u32 t, s, h, g, d, start;
+
+    // Keys that some query of a sequence of `len` sees.
+    __device__ __forceinline__ u32 end(u32 len) const { return len == 0 || start == WHOLE ? len : start + len; }
 };
 
 // Rows `first..first + n` of head `head` of x [B, rows, heads, d] into tile [N][W + 1], zeros beyond: rows that nobody may see may be NaN.
@@ -104,7 +110,7 @@ __device__ __forceinline__ void forward(const float* __restrict__ q, const float
         for (int j = 0; j < D; j++) out[i][j] = 0.f;
     }
     load<Q, W>(tile_q, q, b, p.t, p.h, head, p.d, first, n);
-    const u32 n_keys = n ? p.start + first + n : 0;
+    const u32 n_keys = n ? min(p.start + first + n, p.end(len)) : 0;
     for (u32 key = 0; key < n_keys; key += K) {
         const u32 n_here = min((u32)K, n_keys - key);
         __syncthreads();
@@ -208,7 +214,7 @@ __device__ __forceinline__ void query_gradient(const float* __restrict__ dout, c
         const u64 row = ((u64)b * p.t + first + i) * p.h + head;
         row_lse[i] = lse[row], row_delta[i] = delta[row];
     }
-    const u32 n_keys = n ? p.start + first + n : 0;
+    const u32 n_keys = n ? min(p.start + first + n, p.end(len)) : 0;
     for (u32 key = 0; key < n_keys; key += K) {
         const u32 n_here = min((u32)K, n_keys - key);
         float z[R][C], da[R][C], a[R][C], dz[R][C];
@@ -250,7 +256,7 @@ __device__ __forceinline__ void key_gradient(const float* __restrict__ dout, con
     float *tile_a = tile_do + Q * (W + 1), *row_lse = tile_a + Q * (K + 1), *row_delta = row_lse + Q;
     const u32 ty = threadIdx.x >> 4, tx = threadIdx.x & 15;
     const u32 b = blockIdx.z, g = blockIdx.y, group = p.h / p.g, key = blockIdx.x * K;
-    const u32 len = lens[b], seen = len ? p.start + len : 0;  // keys that some query sees
+    const u32 len = lens[b], seen = p.end(len);
     const u32 n_here = key < seen ? min((u32)K, seen - key) : 0;
     const float scale = rsqrtf((float)p.d);
     float out_k[C][D], out_v[C][D];

@@ -1,7 +1,7 @@
-//! Dense causal attention that never holds `[T, S]`: the teacher, and the baseline of routed attention.
+//! Dense attention that never holds `[T, S]`: the causal one of teachers, the baseline of routed attention, and the one of encoders.
 //!
 //! ```text
-//! z_tj = q_t . k_j / sqrt(D)   for j in 0..=start + t      o_t = sum_j softmax(z_t)_j v_j      lse_t = log sum_j exp z_tj
+//! z_tj = q_t . k_j / sqrt(D)   for j in 0..=start + t (an encoder: j in 0..lens[b])      o_t = sum_j softmax(z_t)_j v_j      lse_t = log sum_j exp z_tj
 //! ```
 //!
 //! Shapes: `q, o [B, T, H, D]`, `k, v [B, S, G, D]`, `lse [B, T, H]`; head `h` reads KV head `h / (H / G)`.
@@ -22,6 +22,29 @@ mod tests;
 use sluice_tensor::Tensor;
 
 use crate::routed_attention::Dims;
+
+/// As `start`: every query sees every valid key of its sequence, `0..lens[b]`. Larger than any position.
+const WHOLE: usize = 1 << 30;
+
+/// Attention of an encoder, where `S = T`: every query sees `0..lens[b]`. Returns `(o [B, T, H, D], lse [B, T, H])`.
+#[track_caller]
+pub fn fwd_bidirectional(q: &Tensor, k: &Tensor, v: &Tensor, lens: &[usize]) -> (Tensor, Tensor) {
+    fwd(q, k, v, WHOLE, lens)
+}
+
+/// Gradients `(dq, dk, dv)` from `dout [B, T, H, D]` and the results `o`, `lse` of [`fwd_bidirectional`] on the same inputs.
+#[track_caller]
+pub fn bwd_bidirectional(
+    dout: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    lens: &[usize],
+) -> (Tensor, Tensor, Tensor) {
+    bwd(dout, q, k, v, o, lse, WHOLE, lens)
+}
 
 /// Query `i` of the tensor stands at position `start + i`. Returns `(o [B, T, H, D], lse [B, T, H])`.
 #[track_caller]
@@ -58,6 +81,10 @@ pub fn bwd(
 #[track_caller]
 fn check(op: &str, q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens: &[usize]) -> Dims {
     let dims = Dims::of(op, q, k, v, lens);
+    if start == WHOLE {
+        assert_eq!(dims.t, dims.s, "{op}: {} queries and {} keys of encoders", dims.t, dims.s);
+        return dims;
+    }
     let longest = lens.iter().copied().max().unwrap_or(0);
     assert!(longest == 0 || start + longest <= dims.s, "{op}: {longest} queries from position {start} but {} keys", dims.s);
     dims

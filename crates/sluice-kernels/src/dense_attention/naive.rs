@@ -1,6 +1,8 @@
-//! The specification of dense causal attention: one query at a time, everything in f64.
+//! The specification of dense attention: one query at a time, everything in f64.
 
 use sluice_tensor::Tensor;
+
+use super::WHOLE;
 
 /// `(o [B, T, H, D], lse [B, T, H])`.
 pub fn fwd(q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens: &[usize]) -> (Vec<f64>, Vec<f64>) {
@@ -44,7 +46,7 @@ pub fn bwd(dout: &Tensor, q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens
     (dq, dk, dv)
 }
 
-/// Calls `f(b, t, h, g, attention over keys 0..=start + t, lse)` for every valid query row.
+/// Calls `f(b, t, h, g, attention over the keys that it sees, lse)` for every valid query row.
 fn for_each_query(q: &Tensor, k: &Tensor, start: usize, lens: &[usize], mut f: impl FnMut(usize, usize, usize, usize, &[f64], f64)) {
     let [n_batch, _, n_heads, d] = q.dims();
     let n_kv = k.shape()[2];
@@ -52,7 +54,8 @@ fn for_each_query(q: &Tensor, k: &Tensor, start: usize, lens: &[usize], mut f: i
         for t in 0..lens[b] {
             for h in 0..n_heads {
                 let g = h / (n_heads / n_kv);
-                let z: Vec<f64> = (0..=start + t).map(|j| dot(at(q, b, t, h), at(k, b, j, g)) / (d as f64).sqrt()).collect();
+                let end = if start == WHOLE { lens[b] } else { start + t + 1 };
+                let z: Vec<f64> = (0..end).map(|j| dot(at(q, b, t, h), at(k, b, j, g)) / (d as f64).sqrt()).collect();
                 let max = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let lse = max + z.iter().map(|z| (z - max).exp()).sum::<f64>().ln();
                 let weights: Vec<f64> = z.iter().map(|z| (z - lse).exp()).collect();

@@ -2,7 +2,7 @@ use sluice_tensor::Tensor;
 use sluice_testkit::{Rng, assert_close, check_gradient, max_abs_diff, probe_weights};
 
 use super::cases::{BASE, Case, Inputs};
-use super::{bwd, fwd, naive};
+use super::{bwd, fwd, fwd_bidirectional, naive};
 
 fn to_f32(x: &[f64]) -> Vec<f32> {
     x.iter().map(|&x| x as f32).collect()
@@ -49,4 +49,25 @@ fn results_do_not_depend_on_the_number_of_threads() {
     for (one, five) in run(1).iter().zip(run(5)) {
         assert_eq!(max_abs_diff(one.f32(), five.f32()), 0.0);
     }
+}
+
+#[test]
+fn an_encoder_sees_the_same_whatever_the_order_of_its_tokens() {
+    let x = Inputs::poisoned(&Case { t: 90, heads: (2, 1), ..BASE });
+    let [k, v] = [&x.k, &x.v].map(|x| Tensor::from_vec(x.f32()[..90 * 64].to_vec(), [1, 90, 1, 64]));
+    let turned = |x: &Tensor| {
+        let rows = x.f32().chunks_exact(x.len() / 90).rev();
+        Tensor::from_vec(rows.flatten().copied().collect(), x.shape())
+    };
+    let (o, lse) = fwd_bidirectional(&x.q, &k, &v, &[90]);
+    let (o_turned, lse_turned) = fwd_bidirectional(&turned(&x.q), &turned(&k), &turned(&v), &[90]);
+    assert_close("o", turned(&o).f32(), o_turned.f32(), 1e-5);
+    assert_close("lse", turned(&lse).f32(), lse_turned.f32(), 1e-5);
+}
+
+#[test]
+#[should_panic(expected = "3 queries and 4 keys of encoders")]
+fn an_encoder_with_more_keys_than_queries_is_refused() {
+    let [q, k] = [3, 4].map(|t| Tensor::zeros([1, t, 1, 8]));
+    fwd_bidirectional(&q, &k, &k, &[3]);
 }
