@@ -184,7 +184,7 @@ impl Default for Stage3 {
 
 impl Default for Schedule {
     fn default() -> Self {
-        Self { ramp: 0.6, temperature_from: 1.0, temperature_to: 0.1, noise: 0.1, overhang: 0.0 }
+        Self { ramp: 0.6, temperature_from: 1.0, temperature_to: 0.1, noise: 0.1, overhang: 1.0 }
     }
 }
 
