@@ -86,7 +86,7 @@ impl Tape {
             assert_eq!(gradient.shape(), recorded.shapes[id], "{from} gave a gradient of another shape than its value's");
             match recorded.param_names.get(&id) {
                 Some(name) => add_to_param(params, name, gradient),
-                None => accumulate(&mut sums[id], gradient),
+                None => accumulate(&mut sums[id], gradient.to_dtype(recorded.formats[id])),
             }
         };
         for (id, gradient) in roots {
@@ -106,9 +106,16 @@ impl Tape {
                 Op::Leaf => {
                     leaves.insert(node.first_output, upstream.remove(0).expect("not all are none"));
                 }
-                Op::Function(backward) => {
+                Op::Function(_) | Op::Onto(_) => {
                     let upstream = upstream.remove(0).expect("not all are none");
-                    let gradients = backward(&upstream);
+                    let gradients = match node.op {
+                        Op::Onto(backward) => {
+                            let before = node.inputs[0].and_then(|id| sums[id].take());
+                            backward(&upstream, before)
+                        }
+                        Op::Function(backward) => backward(&upstream),
+                        _ => unreachable!("matched above"),
+                    };
                     // Now an op that handed its upstream gradient on has made its input the only owner.
                     drop(upstream);
                     assert_eq!(

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::panic::Location;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use sluice_tensor::Tensor;
+use sluice_tensor::{DType, Tensor};
 
 use crate::checkpoint::Segment;
 
@@ -78,6 +78,8 @@ pub(crate) struct Recorded {
     pub(crate) nodes: Vec<Node>,
     /// Shape of every value, by id.
     pub(crate) shapes: Vec<Vec<usize>>,
+    /// Its format, which is its gradient's too.
+    pub(crate) formats: Vec<DType>,
     /// Value id and tensor of each parameter used so far.
     params: HashMap<String, (usize, Tensor)>,
     /// The names again, by value id.
@@ -98,6 +100,9 @@ pub(crate) struct Node {
 /// From the gradient of an op's output to those of its inputs.
 pub(crate) type Backward = Box<dyn FnOnce(&Tensor) -> Vec<Option<Tensor>>>;
 
+/// [`Backward`] that also gets what the first input's gradient is so far, and returns it with its share added.
+pub(crate) type BackwardOnto = Box<dyn FnOnce(&Tensor, Option<Tensor>) -> Vec<Option<Tensor>>>;
+
 /// From the gradient of an op's output to its one input's, added to what that has so far.
 pub(crate) type AddTo = Box<dyn FnOnce(&Tensor, &mut Tensor)>;
 
@@ -105,6 +110,7 @@ pub(crate) enum Op {
     Leaf,
     Param,
     Function(Backward),
+    Onto(BackwardOnto),
     InPlace(AddTo),
     Segment(Segment),
 }
@@ -202,6 +208,18 @@ impl Tape {
         self.record(inputs, output, || Op::Function(Box::new(backward)))
     }
 
+    /// [`Self::custom`] for an op that can add to the gradient of its first input in place: `backward` gets what that is so far and
+    /// returns it with its share added, which spares a pass over both.
+    #[track_caller]
+    pub fn custom_onto(
+        &self,
+        inputs: &[&Var],
+        output: Tensor,
+        backward: impl FnOnce(&Tensor, Option<Tensor>) -> Vec<Option<Tensor>> + 'static,
+    ) -> Var {
+        self.record(inputs, output, || Op::Onto(Box::new(backward)))
+    }
+
     #[track_caller]
     fn record(&self, inputs: &[&Var], output: Tensor, op: impl FnOnce() -> Op) -> Var {
         // Every input is looked at, so that one from another tape is noticed behind any other.
@@ -278,6 +296,7 @@ impl Tape {
         assert!(!recorded.spent, "this tape has run backward and is spent; record on a new one");
         let first_output = recorded.shapes.len();
         recorded.shapes.extend(outputs.iter().map(|t| t.shape().to_vec()));
+        recorded.formats.extend(outputs.iter().map(|t| t.dtype()));
         recorded.nodes.push(Node { first_output, inputs, op, location: Location::caller() });
         first_output
     }

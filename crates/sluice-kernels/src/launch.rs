@@ -11,7 +11,26 @@ pub(crate) const THREADS: u32 = 256;
 /// Rows of a block when a warp takes one.
 pub(crate) const ROWS: u32 = THREADS / 32;
 
-const SOURCE: KernelSource = KernelSource { name: "column_sums", code: include_str!("column_sums.cu") };
+/// A source for either format of activations, which it calls `act`: see [`of_format`].
+macro_rules! formats {
+    ($name:literal, $file:literal) => {
+        [
+            sluice_tensor::cuda::KernelSource { name: $name, code: concat!("typedef float act;\n", include_str!($file)) },
+            sluice_tensor::cuda::KernelSource { name: concat!($name, "_bf16"), code: concat!("typedef u16 act;\n", include_str!($file)) },
+        ]
+    };
+}
+pub(crate) use formats;
+
+/// The source for activations in a format.
+pub(crate) fn of_format(sources: &'static [KernelSource; 2], dtype: DType) -> &'static KernelSource {
+    match dtype {
+        DType::F32 => &sources[0],
+        DType::Bf16 => &sources[1],
+    }
+}
+
+static SOURCES: [KernelSource; 2] = formats!("column_sums", "column_sums.cu");
 
 /// Queue a kernel with blocks of [`THREADS`].
 ///
@@ -54,9 +73,32 @@ pub(crate) fn output(gpu: &Arc<Gpu>, shape: impl Into<Vec<usize>>) -> Tensor {
     Tensor::empty_on(gpu, shape, DType::F32)
 }
 
+/// An uninitialised activation on the GPU, in the format that its precision gives them.
+pub(crate) fn activation(gpu: &Arc<Gpu>, shape: impl Into<Vec<usize>>) -> Tensor {
+    Tensor::empty_on(gpu, shape, gpu.precision().activations())
+}
+
+/// A weight as a factor of a product: converted once until it is written, where the precision rounds factors.
+pub(crate) fn factor(gpu: &Gpu, weight: &Tensor) -> Tensor {
+    match gpu.precision().activations() {
+        DType::Bf16 => weight.rounded(),
+        DType::F32 => weight.clone(),
+    }
+}
+
+/// Address of an activation that a kernel of its format reads.
+pub(crate) fn act(tensor: &Tensor) -> Arg {
+    Arg::U64(tensor.address())
+}
+
+/// The same for one that it writes.
+pub(crate) fn act_mut(tensor: &mut Tensor) -> Arg {
+    Arg::U64(tensor.address_mut())
+}
+
 /// Address of something that may be absent, 0 if it is.
 pub(crate) fn optional(tensor: Option<&Tensor>) -> Arg {
-    Arg::U64(tensor.map_or(0, Tensor::address))
+    tensor.map_or(Arg::U64(0), Arg::from)
 }
 
 /// The sum of all elements, `[]`: added in f64 by one block, in one order.
@@ -64,7 +106,7 @@ pub(crate) fn sum_to_scalar(x: &Tensor) -> Tensor {
     let gpu = x.gpu().expect("on the GPU");
     let mut sum = output(gpu, []);
     // SAFETY: `x` has so many elements, `sum` one.
-    unsafe { run(gpu, &SOURCE, "sum_to_scalar", [1, 1, 1], &[x.into(), (&mut sum).into(), (x.len() as u64).into()]) };
+    unsafe { run(gpu, &SOURCES[0], "sum_to_scalar", [1, 1, 1], &[x.into(), (&mut sum).into(), (x.len() as u64).into()]) };
     sum
 }
 
@@ -76,12 +118,12 @@ pub(crate) fn sum_of_parts(partial: &Tensor, parts: usize, shape: impl Into<Vec<
     assert_eq!(partial.len(), parts * n, "{parts} parts of {n} elements in {:?}", partial.shape());
     let args = [partial.into(), (&mut out).into(), (parts as u32).into(), (n as u64).into()];
     // SAFETY: sizes were checked.
-    unsafe { run(gpu, &SOURCE, "sum_partials", over_elements(n), &args) };
+    unsafe { run(gpu, &SOURCES[0], "sum_partials", [n.div_ceil(32) as u32, 1, 1], &args) };
     out
 }
 
 /// `out[g, c] = sum over rows r of coefficients[r, g] row_scale[r] x[r, c] y[r, c]`, `[n_out, m]`, every factor but `x` optional.
-/// Rows are added in one order, whatever else runs.
+/// `x` and `y` have one format, all else is f32. Rows are added in one order, whatever else runs.
 pub(crate) struct ColumnSums<'a> {
     pub(crate) x: &'a Tensor,
     pub(crate) y: Option<&'a Tensor>,
@@ -95,6 +137,7 @@ impl ColumnSums<'_> {
     pub(crate) fn run(&self, n_rows: usize, m: usize) -> Tensor {
         const ROWS_PER_CHUNK: usize = 64;
         let gpu = Arc::clone(self.x.gpu().expect("on the GPU"));
+        assert!(self.y.is_none_or(|y| y.dtype() == self.x.dtype()), "column sums of {:?} and {:?}", self.x, self.y);
         let n_chunks = n_rows.div_ceil(ROWS_PER_CHUNK).clamp(1, 512);
         let per_chunk = n_rows.div_ceil(n_chunks);
         let mut partial = output(&gpu, [n_chunks, self.n_out, m]);
@@ -102,8 +145,8 @@ impl ColumnSums<'_> {
         // SAFETY: inputs have `n_rows` rows of `m` (or 1, or `n_out`) elements, `partial` was made for the grid.
         unsafe {
             let args = [
-                self.x.into(),
-                optional(self.y),
+                act(self.x),
+                self.y.map_or(Arg::U64(0), act),
                 optional(self.row_scale),
                 optional(self.coefficients),
                 (&mut partial).into(),
@@ -111,7 +154,7 @@ impl ColumnSums<'_> {
                 (per_chunk as u32).into(),
                 (m as u32).into(),
             ];
-            run(&gpu, &SOURCE, "partial_sums", grid, &args);
+            run(&gpu, of_format(&SOURCES, self.x.dtype()), "partial_sums", grid, &args);
         }
         sum_of_parts(&partial, n_chunks, [self.n_out, m])
     }

@@ -38,6 +38,11 @@ fn collect(folder: &Path, sources: &mut Vec<KernelSource>) {
                     let whole = format!("#define HEAD_DIM {head_dim}\n{tile}\n{code}");
                     sources.push(KernelSource { name: leak(format!("{name}_{head_dim}")), code: leak(whole) });
                 }
+            } else if code.contains("act*") {
+                for format in ["float", "u16"] {
+                    let whole = format!("typedef {format} act;\n{code}");
+                    sources.push(KernelSource { name: leak(format!("{name}_{format}")), code: leak(whole) });
+                }
             } else {
                 sources.push(KernelSource { name: leak(name), code: leak(code) });
             }

@@ -1,7 +1,7 @@
 //! A contiguous, row-major, reference-counted tensor. Cloning and reshaping share the storage;
 //! [`Tensor::f32_mut`] copies it first when somebody else still looks at it.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use half::bf16;
 
@@ -92,13 +92,13 @@ impl Clone for Elements {
     }
 }
 
-/// Counted storage.
-struct Storage(Elements);
+/// Counted storage, and what it is in bf16, if somebody asked ([`Tensor::rounded`]).
+struct Storage(Elements, OnceLock<Tensor>);
 
 impl Storage {
     fn new(elements: Elements) -> Self {
         memory::allocated(elements.counted_bytes());
-        Self(elements)
+        Self(elements, OnceLock::new())
     }
 }
 
@@ -153,7 +153,12 @@ impl Tensor {
     /// f32 zeros on a device.
     pub fn zeros_on(device: &Device, shape: impl Into<Vec<usize>>) -> Self {
         let Device::Cuda(gpu) = device else { return Self::zeros(shape) };
-        let zeros = Self::empty_on(gpu, shape, DType::F32);
+        Self::zeros_on_gpu(gpu, shape, DType::F32)
+    }
+
+    /// Zeros of a format on a GPU.
+    pub fn zeros_on_gpu(gpu: &Arc<Gpu>, shape: impl Into<Vec<usize>>, dtype: DType) -> Self {
+        let zeros = Self::empty_on(gpu, shape, dtype);
         if let Elements::Cuda(buffer, _) = &zeros.storage.0 {
             or_raise(gpu.fill_bytes(buffer, 0));
         }
@@ -260,7 +265,9 @@ impl Tensor {
     /// The same for a kernel that writes them; copies the storage first if it is shared.
     #[track_caller]
     pub fn address_mut(&mut self) -> u64 {
-        match &Arc::make_mut(&mut self.storage).0 {
+        let storage = Arc::make_mut(&mut self.storage);
+        storage.1.take();
+        match &storage.0 {
             Elements::Cuda(buffer, _) => buffer.address(),
             _ => panic!("expected a tensor on a GPU, found one of shape {:?} in main memory", self.shape),
         }
@@ -295,7 +302,9 @@ impl Tensor {
         if !matches!(self.storage.0, Elements::F32(_)) {
             self.unexpected("an f32 tensor in main memory");
         }
-        match &mut Arc::make_mut(&mut self.storage).0 {
+        let storage = Arc::make_mut(&mut self.storage);
+        storage.1.take();
+        match &mut storage.0 {
             Elements::F32(v) => v,
             _ => unreachable!("checked above"),
         }
@@ -338,12 +347,31 @@ impl Tensor {
         if self.dtype() == dtype {
             return self.clone();
         }
+        if let (Some(rounded), DType::Bf16) = (self.storage.1.get(), dtype) {
+            return rounded.reshape(self.shape.clone());
+        }
         match (&self.storage.0, dtype) {
             (Elements::Cuda(..), _) => cuda::convert(self, 0, self.len(), dtype).reshape(self.shape.clone()),
             (Elements::F32(v), DType::Bf16) => Self::from_bf16_vec(v.iter().map(|&x| bf16::from_f32(x)).collect(), self.shape.clone()),
             (Elements::Bf16(v), DType::F32) => Self::from_vec(v.iter().map(|x| x.to_f32()).collect(), self.shape.clone()),
             (Elements::F32(_), DType::F32) | (Elements::Bf16(_), DType::Bf16) => unreachable!("already there"),
         }
+    }
+
+    /// The elements in bf16, kept beside them until they are written: a weight is converted once a step, however often it is a factor.
+    pub fn rounded(&self) -> Self {
+        if self.dtype() == DType::Bf16 {
+            return self.clone();
+        }
+        self.storage.1.get_or_init(|| self.to_dtype(DType::Bf16)).reshape(self.shape.clone())
+    }
+
+    /// Say what the elements are in bf16, for a kernel that has written both; [`Self::to_dtype`] and [`Self::rounded`] then convert nothing.
+    #[track_caller]
+    pub fn keep_rounded(&self, rounded: Self) {
+        assert!(rounded.dtype() == DType::Bf16 && rounded.len() == self.len(), "{rounded:?} is not {self:?} in bf16");
+        // There is at most one, and the kernel's is as good as one that is there.
+        let _ = self.storage.1.set(rounded);
     }
 
     /// Whether both tensors are the same piece of memory.
@@ -380,6 +408,23 @@ mod tests {
         let a = Tensor::from_vec(vec![1.0, -3.140625, 0.0], [3]);
         assert_eq!(a.to_dtype(DType::Bf16).bytes(), 6);
         assert_eq!(a.to_dtype(DType::Bf16).to_dtype(DType::F32).f32(), a.f32());
+    }
+
+    #[test]
+    fn what_is_kept_in_bf16_is_kept_once() {
+        let a = Tensor::from_vec(vec![1.0, -3.140625, 0.5], [3]);
+        assert!(a.rounded().shares_storage_with(&a.reshape([1, 3]).rounded()));
+        assert!(a.to_dtype(DType::Bf16).shares_storage_with(&a.rounded()));
+        assert_eq!(a.rounded().to_dtype(DType::F32).f32(), a.f32());
+    }
+
+    #[test]
+    fn writing_forgets_what_the_elements_were_in_bf16() {
+        let mut a = Tensor::from_vec(vec![1.0, 2.0], [2]);
+        let before = a.rounded();
+        a.f32_mut()[0] = 5.0;
+        assert_eq!(a.rounded().to_dtype(DType::F32).f32(), [5.0, 2.0]);
+        assert_eq!(before.to_dtype(DType::F32).f32(), [1.0, 2.0]);
     }
 
     #[test]

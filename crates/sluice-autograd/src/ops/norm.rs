@@ -12,8 +12,8 @@ impl Tape {
         let (x_value, w_value) = (x.value().clone(), weight.map(|w| w.value().clone()));
         let inputs: Vec<&Var> = [x].into_iter().chain(weight).collect();
         let n_inputs = inputs.len();
-        self.custom(&inputs, y, move |dy| {
-            let (dx, dweight) = rms_norm::bwd(dy, &x_value, w_value.as_ref(), &inv_rms);
+        self.custom_onto(&inputs, y, move |dy, before| {
+            let (dx, dweight) = rms_norm::bwd_onto(before, dy, &x_value, w_value.as_ref(), &inv_rms);
             let mut gradients = vec![Some(dx), dweight];
             gradients.truncate(n_inputs);
             gradients

@@ -16,9 +16,9 @@ impl Tape {
         let kept_w = wants_x.then(|| w.value().clone());
         let inputs: Vec<&Var> = [x, w].into_iter().chain(bias).collect();
         let n_inputs = inputs.len();
-        self.custom(&inputs, y, move |dy| {
+        self.custom_onto(&inputs, y, move |dy, before| {
             let mut gradients = vec![
-                kept_w.map(|w| linear::bwd_input(dy, &w)),
+                kept_w.map(|w| linear::bwd_input_onto(before, dy, &w)),
                 kept_x.map(|x| linear::bwd_weight(dy, &x)),
                 wanted(wants_bias, || linear::bwd_bias(dy)),
             ];

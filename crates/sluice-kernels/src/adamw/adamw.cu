@@ -21,14 +21,14 @@ KERNEL sum_of_squares(const float* __restrict__ x, double* __restrict__ partial,
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-KERNEL scale(float* __restrict__ x, float f, u64 n) {
-    EACH(i, n) x[i] *= f;
+KERNEL scale(act* __restrict__ x, float f, u64 n) {
+    EACH(i, n) store<1>(x + i, {{load<1>(x + i)[0] * f}});
 }
 
-KERNEL scale_by(float* __restrict__ x, const float* __restrict__ factor, u64 n) {
+KERNEL scale_by(act* __restrict__ x, const float* __restrict__ factor, u64 n) {
     const float f = factor[0];
     if (f == 1.f) return;  // the usual gradient of a loss
-    EACH(i, n) x[i] *= f;
+    EACH(i, n) store<1>(x + i, {{load<1>(x + i)[0] * f}});
 }
 
 KERNEL raise_to_zero(float* __restrict__ x, u64 n) {

@@ -19,5 +19,18 @@ pub(crate) fn run(check: &mut Check<'_>) {
         check.compare("a += b", &a_there, &want, 0.0);
         let old: Vec<f64> = a.f32().iter().map(|&a| a as f64).collect();
         check.compare("a clone of a stays", &kept, &old, 0.0);
+        for format in check.activations() {
+            check.case("add", format!("[{n}], {format:?} added"));
+            let (b, b_there) = check.put_as(&b, format);
+            let want: Vec<f64> = a.f32().iter().zip(b.f32()).map(|(a, b)| (a + b) as f64).collect();
+            check.compare("a + b", &fwd(&check.put(&a), &b_there), &want, 0.0);
+            let mut sum = check.put(&a);
+            assign(&mut sum, &b_there);
+            check.compare("a += b", &sum, &want, 0.0);
+            let (a, mut sum) = check.put_as(&a, format);
+            assign(&mut sum, &b_there);
+            let want: Vec<f64> = a.f32().iter().zip(b.f32()).map(|(a, b)| (a + b) as f64).collect();
+            check.compare("a += b in the format of both", &sum, &want, check.rounding(format));
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Elementwise sum of two tensors of one shape; its gradient is the identity for both.
+//! Elementwise sum of two tensors of one shape, f32 whatever the format of either; its gradient is the identity for both.
 
 pub(crate) mod cases;
 mod cuda;
@@ -24,7 +24,7 @@ pub fn fwd(a: &Tensor, b: &Tensor) -> Tensor {
     Tensor::from_vec(y, a.shape())
 }
 
-/// `sum += x`.
+/// `sum += x`, in the format of `sum`.
 #[track_caller]
 pub fn assign(sum: &mut Tensor, x: &Tensor) {
     assert_eq!(sum.shape(), x.shape(), "addition to {:?} of {:?}", sum.shape(), x.shape());
@@ -33,6 +33,18 @@ pub fn assign(sum: &mut Tensor, x: &Tensor) {
     }
     let xs = x.f32();
     for_each_chunk(sum.f32_mut(), CHUNK, |i, sum| add_assign(sum, &xs[i * CHUNK..i * CHUNK + sum.len()]));
+}
+
+/// `before + x`, in place if there is something before and nobody else looks at it.
+#[track_caller]
+pub fn onto(before: Option<Tensor>, x: Tensor) -> Tensor {
+    match before {
+        Some(mut sum) => {
+            assign(&mut sum, &x);
+            sum
+        }
+        None => x,
+    }
 }
 
 vectorised! {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use sluice_tensor::cuda::{Arg, Gpu, KernelSource, Precision};
 use sluice_tensor::{DType, Tensor};
 
-use crate::launch::{launch, output};
+use crate::launch::{act, act_mut, launch, output};
 use crate::routed_attention::Dims;
 use crate::routed_attention::gpu_routing::upload_lens;
 
@@ -84,7 +84,7 @@ impl<'a> Call<'a> {
         let (mut o, mut lse) = (self.bf16(q.shape()), output(self.gpu, &q.shape()[..3]));
         let lens = upload_lens(self.gpu, self.lens);
         let [q16, k16, v16] = [q, k, v].map(|x| x.to_dtype(DType::Bf16));
-        let args = [(&q16).into(), (&k16).into(), (&v16).into(), (&lens).into(), (&mut o).into(), (&mut lse).into()];
+        let args = [act(&q16), act(&k16), act(&v16), (&lens).into(), act_mut(&mut o), (&mut lse).into()];
         self.launch("dense_bf16_fwd", self.dims.t * self.dims.group(), self.width.fwd, 1, 4, 0, &args);
         (o.to_dtype(q.dtype()), lse)
     }
@@ -96,14 +96,14 @@ impl<'a> Call<'a> {
         let lens = upload_lens(self.gpu, self.lens);
         let dtype = q.dtype();
         let [dout, q, k, v, o] = [dout, q, k, v, o].map(|x| x.to_dtype(DType::Bf16));
-        let factors: [Arg; 4] = [(&dout).into(), (&q).into(), (&k).into(), (&v).into()];
+        let factors: [Arg; 4] = [act(&dout), act(&q), act(&k), act(&v)];
         let Width { dq: at_dq, dkv: at_dkv, .. } = *self.width;
 
-        let rest: [Arg; 5] = [(&o).into(), lse.into(), (&lens).into(), (&mut dq).into(), (&mut delta).into()];
+        let rest: [Arg; 5] = [act(&o), lse.into(), (&lens).into(), act_mut(&mut dq), (&mut delta).into()];
         let args: Vec<Arg> = factors.into_iter().chain(rest).collect();
         self.launch("dense_bf16_dq", self.dims.t * self.dims.group(), at_dq, 2, 5, TILE * at_dq, &args);
 
-        let rest: [Arg; 5] = [lse.into(), (&delta).into(), (&lens).into(), (&mut dk).into(), (&mut dv).into()];
+        let rest: [Arg; 5] = [lse.into(), (&delta).into(), (&lens).into(), act_mut(&mut dk), act_mut(&mut dv)];
         let args: Vec<Arg> = factors.into_iter().chain(rest).collect();
         self.launch("dense_bf16_dkv", self.dims.s, at_dkv, 2, 4, 4 * TILE, &args);
         (dq.to_dtype(dtype), dk.to_dtype(dtype), dv.to_dtype(dtype))

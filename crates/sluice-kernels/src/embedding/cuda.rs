@@ -5,7 +5,7 @@ use std::sync::Arc;
 use sluice_tensor::cuda::{Gpu, KernelSource, or_raise};
 use sluice_tensor::{DType, Tensor};
 
-use crate::launch::{THREADS, output, over_elements, run};
+use crate::launch::{THREADS, act, output, over_elements, run};
 
 const SOURCE: KernelSource = KernelSource { name: "embedding", code: include_str!("embedding.cu") };
 
@@ -15,7 +15,7 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, tokens: &[u32], table: &Tensor) -> Tensor {
     let mut y = output(gpu, [tokens.len(), m]);
     let n = y.len();
     let narrow = u32::from(table.dtype() == DType::Bf16);
-    let args = [(&ids).into(), table.into(), (&mut y).into(), (n as u64).into(), (m as u32).into(), narrow.into()];
+    let args = [(&ids).into(), act(table), (&mut y).into(), (n as u64).into(), (m as u32).into(), narrow.into()];
     // SAFETY: the caller checked that every token is a row of the table.
     unsafe { run(gpu, &SOURCE, "embedding_fwd", over_elements(n), &args) };
     y
@@ -36,7 +36,8 @@ pub(super) fn bwd(gpu: &Arc<Gpu>, dy: &Tensor, tokens: &[u32], dtable: &mut Tens
     first.push(tokens.len() as u32);
     let grid = [unique.len() as u32, m.div_ceil(THREADS as usize) as u32, 1];
     let [unique, first, order] = [unique, first, order].map(|x| or_raise(gpu.upload_slice(&x)));
-    let args = [dy.into(), (&unique).into(), (&first).into(), (&order).into(), dtable.into(), (m as u32).into()];
+    let dy = dy.to_dtype(DType::F32);
+    let args = [(&dy).into(), (&unique).into(), (&first).into(), (&order).into(), dtable.into(), (m as u32).into()];
     // SAFETY: tokens are rows of the table and `order` rows of `dy`, checked by the caller; a block has a row of the table to itself.
     unsafe { run(gpu, &SOURCE, "embedding_bwd", grid, &args) };
 }

@@ -6,16 +6,16 @@ use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Arg, Gpu, KernelSource, or_raise};
 
 use super::RECENCY_UNIT;
-use crate::launch::{ColumnSums, output, over_elements, over_rows, run};
+use crate::launch::{ColumnSums, act, formats, of_format, output, over_elements, over_rows, run};
 
-const SOURCE: KernelSource = KernelSource { name: "gate_score", code: include_str!("gate_score.cu") };
+static SOURCES: [KernelSource; 2] = formats!("gate_score", "gate_score.cu");
 
 pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, weight: &Tensor, bias: &Tensor, recency: &Tensor, positions: &[u32], eps: f32) -> Tensor {
     let ([b, t, m], [gs, _]) = (x.dims(), weight.dims());
     let positions = or_raise(gpu.upload_slice(positions));
     let mut scores = output(gpu, [b, t, gs]);
     let args = [
-        x.into(),
+        act(x),
         weight.into(),
         bias.into(),
         recency.into(),
@@ -29,7 +29,7 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, weight: &Tensor, bias: &Tensor, re
         RECENCY_UNIT.into(),
     ];
     // SAFETY: shapes were checked by the caller.
-    unsafe { run(gpu, &SOURCE, "gate_score_fwd", over_rows(b * t), &args) };
+    unsafe { run(gpu, of_format(&SOURCES, x.dtype()), "gate_score_fwd", over_rows(b * t), &args) };
     scores
 }
 
@@ -49,7 +49,7 @@ pub(super) fn bwd(
     let mut dx = want_dx.then(|| output(gpu, x.shape()));
     let args = [
         dscores.into(),
-        x.into(),
+        act(x),
         weight.into(),
         (&positions).into(),
         (&mut inv_rms).into(),
@@ -63,7 +63,7 @@ pub(super) fn bwd(
         RECENCY_UNIT.into(),
     ];
     // SAFETY: shapes were checked by the caller.
-    unsafe { run(gpu, &SOURCE, "gate_score_bwd", over_rows(n), &args) };
+    unsafe { run(gpu, of_format(&SOURCES, x.dtype()), "gate_score_bwd", over_rows(n), &args) };
     let sums = |x, row_scale, coefficients, n_out, m| ColumnSums { x, y: None, row_scale, coefficients, n_out }.run(n, m);
     let dweight = sums(x, Some(&inv_rms), Some(dscores), gs, m);
     let dbias = sums(dscores, None, None, 1, gs).reshape([gs]);
@@ -86,6 +86,6 @@ pub(super) fn add_recency(gpu: &Arc<Gpu>, scores: &Tensor, slopes: &[f32]) -> Te
         RECENCY_UNIT.into(),
     ];
     // SAFETY: both have `n` elements in rows of `g`, the caller checked the slopes.
-    unsafe { run(gpu, &SOURCE, "add_recency", over_elements(n), &args) };
+    unsafe { run(gpu, &SOURCES[0], "add_recency", over_elements(n), &args) };
     later
 }

@@ -3,7 +3,7 @@
 use sluice_tensor::DType;
 use sluice_testkit::Rng;
 
-use super::{bwd_bias, bwd_input, bwd_weight, fwd, naive};
+use super::{bwd_bias, bwd_input, bwd_input_onto, bwd_weight, fwd, fwd_f32, naive};
 use crate::selftest::Check;
 
 struct Case {
@@ -31,13 +31,15 @@ const CASES: &[Case] = &[
 pub(crate) fn run(check: &mut Check<'_>) {
     for case in CASES {
         for dtype in [DType::F32, DType::Bf16] {
-            run_case(check, case, dtype);
+            for format in check.activations() {
+                run_case(check, case, dtype, format);
+            }
         }
     }
 }
 
-fn run_case(check: &mut Check<'_>, case: &Case, dtype: DType) {
-    check.case("linear", format!("{:?} x [{}, {}] {dtype:?}", case.lead, case.n_out, case.n_in));
+fn run_case(check: &mut Check<'_>, case: &Case, dtype: DType, format: DType) {
+    check.case("linear", format!("{:?} {format:?} x [{}, {}] {dtype:?}", case.lead, case.n_out, case.n_in));
     let mut rng = Rng::new(7);
     let shape = |last| [case.lead, &[last]].concat();
     let x = rng.normal_tensor(shape(case.n_in));
@@ -46,8 +48,9 @@ fn run_case(check: &mut Check<'_>, case: &Case, dtype: DType) {
     let dy = rng.normal_tensor(shape(case.n_out));
     // n roundings of partial sums of magnitude sqrt(n), in random directions.
     let exact = |n: usize| 2e-7 * n.max(16) as f64;
+    let [(x, x_there), (dy, dy_there)] = [&x, &dy].map(|t| check.put_as(t, format));
     let [x_r, w_r, dy_r] = [&x, &w, &dy].map(|t| check.factor(t));
-    let [x_there, w_there, bias_there, dy_there] = [&x, &w, &bias, &dy].map(|t| check.put(t));
+    let [w_there, bias_there] = [&w, &bias].map(|t| check.put(t));
 
     let y = fwd(&x_there, &w_there, Some(&bias_there));
     check.require("shape of y", y.shape() == shape(case.n_out));
@@ -55,20 +58,29 @@ fn run_case(check: &mut Check<'_>, case: &Case, dtype: DType) {
         for (output, y, bias) in [("y with bias", y, Some(&bias)), ("y", fwd(&x_there, &w_there, None), None)] {
             let want = naive::fwd(&x, &w, bias);
             let allowed = check.allowed(exact(case.n_in), &want, &naive::fwd(&x_r, &w_r, bias), 2.0);
-            check.compare(output, &y, &want, allowed);
+            // The bias is rounded before it is added.
+            let rounding = check.rounding(y.dtype()) * if bias.is_some() { 2.0 } else { 1.0 };
+            check.compare(output, &y, &want, allowed + rounding);
         }
+        let want = naive::fwd(&x, &w, None);
+        let allowed = check.allowed(exact(case.n_in), &want, &naive::fwd(&x_r, &w_r, None), 2.0);
+        check.compare("y in f32", &fwd_f32(&x_there, &w_there), &want, allowed);
     } else {
         let want: Vec<f64> = (0..y.len()).map(|i| bias.f32()[i % case.n_out] as f64).collect();
         // The GPU adds it by a product with ones, which rounds it in a mode with narrow factors.
         let rounded: Vec<f64> = (0..y.len()).map(|i| check.factor(&bias).f32()[i % case.n_out] as f64).collect();
-        check.compare("y of nothing is the bias", &y, &want, check.allowed(0.0, &want, &rounded, 2.0));
+        check.compare("y of nothing is the bias", &y, &want, check.allowed(0.0, &want, &rounded, 2.0) + check.rounding(y.dtype()));
     }
     let dx = bwd_input(&dy_there, &w_there);
     check.require("shape of dx", dx.shape() == x.shape());
     if case.n_out > 0 {
         let want = naive::bwd_input(&dy, &w);
         let allowed = check.allowed(exact(case.n_out), &want, &naive::bwd_input(&dy_r, &w_r), 3.0);
-        check.compare("dx", &dx, &want, allowed);
+        check.compare("dx", &dx, &want, allowed + check.rounding(dx.dtype()));
+        let (before, before_there) = check.put_as(&rng.normal_tensor(shape(case.n_in)), dx.dtype());
+        let want: Vec<f64> = want.iter().zip(before.f32()).map(|(dx, &b)| dx + b as f64).collect();
+        let sum = bwd_input_onto(Some(before_there), &dy_there, &w_there);
+        check.compare("dx added", &sum, &want, allowed + 1e-6 + check.rounding(sum.dtype()));
     }
     let n_rows = case.lead.iter().product();
     let want = naive::bwd_weight(&dy, &x);

@@ -1,16 +1,25 @@
-//! Three products of cuBLASLt; the bias rides on the first.
+//! Three products of cuBLASLt; the bias rides on the first. `y` and `dx` are activations, in the format of the precision.
 
 use std::sync::Arc;
 
 use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Epilogue, Gpu, Mat, gemm};
 
-use crate::launch::{ColumnSums, output};
+use crate::launch::{ColumnSums, activation, factor, output};
 
 /// `y [n_rows, N]`.
 pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, n_rows: usize, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    let [n_out, n_in] = w.dims();
-    let mut y = output(gpu, [n_rows, n_out]);
+    fwd_to(gpu, activation(gpu, [n_rows, w.shape()[0]]), x, w, bias)
+}
+
+/// The same in f32.
+pub(super) fn fwd_f32(gpu: &Arc<Gpu>, x: &Tensor, n_rows: usize, w: &Tensor) -> Tensor {
+    fwd_to(gpu, output(gpu, [n_rows, w.shape()[0]]), x, w, None)
+}
+
+fn fwd_to(gpu: &Arc<Gpu>, mut y: Tensor, x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let ([n_rows, _], [n_out, n_in]) = (y.dims(), w.dims());
+    let w = &factor(gpu, w);
     gemm(Mat::new(x, n_rows, n_in), Mat::new(w, n_out, n_in).t(), &mut y, 0, n_out, Epilogue { bias, accumulate: false });
     match bias {
         // An empty product has no epilogue to add the bias in.
@@ -23,11 +32,13 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, n_rows: usize, w: &Tensor, bias: O
     }
 }
 
-/// `dx [n_rows, K]`.
-pub(super) fn bwd_input(gpu: &Arc<Gpu>, dy: &Tensor, n_rows: usize, w: &Tensor) -> Tensor {
+/// `before + dx`, `[n_rows, K]`.
+pub(super) fn bwd_input(gpu: &Arc<Gpu>, before: Option<Tensor>, dy: &Tensor, n_rows: usize, w: &Tensor) -> Tensor {
     let [n_out, n_in] = w.dims();
-    let mut dx = output(gpu, [n_rows, n_in]);
-    gemm(Mat::new(dy, n_rows, n_out), Mat::new(w, n_out, n_in), &mut dx, 0, n_in, Epilogue::default());
+    let w = &factor(gpu, w);
+    let epilogue = Epilogue { accumulate: before.is_some(), bias: None };
+    let mut dx = before.unwrap_or_else(|| activation(gpu, [n_rows, n_in]));
+    gemm(Mat::new(dy, n_rows, n_out), Mat::new(w, n_out, n_in), &mut dx, 0, n_in, epilogue);
     dx
 }
 

@@ -1,5 +1,6 @@
 //! Linear layer: `y = x w^T + bias`, `x [.., K]`, `w [N, K]`, `bias [N]`, `y [.., N]`.
-//! `w` may be stored as bf16: rows are widened a block at a time, never the whole matrix.
+//! `w` may be stored as bf16: rows are widened a block at a time, never the whole matrix. On a GPU `y` and `dx` have the format that its
+//! precision gives to activations; `dw` and `db` are f32.
 
 pub(crate) mod cases;
 mod cpu;
@@ -11,6 +12,7 @@ mod tests;
 pub(crate) use cpu::{project, project_back, weight_gradient};
 use sluice_tensor::Tensor;
 
+use crate::add;
 use crate::row_chunks::{for_each_chunk, rows_per_chunk, sum_over_rows};
 use crate::vector_math;
 
@@ -36,18 +38,33 @@ pub fn fwd(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
     Tensor::from_vec(y, with_last_dim(x, n_out))
 }
 
+/// [`fwd`] without a bias whose result is f32 whatever the precision.
+#[track_caller]
+pub fn fwd_f32(x: &Tensor, w: &Tensor) -> Tensor {
+    let [n_out, n_in] = w.dims();
+    let Some(gpu) = x.gpu() else { return fwd(x, w, None) };
+    assert_eq!(x.last_dim(), n_in, "linear of x {:?} and w {:?}", x.shape(), w.shape());
+    cuda::fwd_f32(gpu, x, rows(x), w).reshape(with_last_dim(x, n_out))
+}
+
 /// Gradient of the input: `dy w`, `[.., K]`.
 #[track_caller]
 pub fn bwd_input(dy: &Tensor, w: &Tensor) -> Tensor {
+    bwd_input_onto(None, dy, w)
+}
+
+/// [`bwd_input`] added to the gradient that the input has so far, in place where nobody else looks at that.
+#[track_caller]
+pub fn bwd_input_onto(before: Option<Tensor>, dy: &Tensor, w: &Tensor) -> Tensor {
     let [n_out, n_in] = w.dims();
     assert_eq!(dy.last_dim(), n_out, "backward of linear with dy {:?} and w {:?}", dy.shape(), w.shape());
     let n_rows = rows(dy);
     if let Some(gpu) = dy.gpu() {
-        return cuda::bwd_input(gpu, dy, n_rows, w).reshape(with_last_dim(dy, n_in));
+        return cuda::bwd_input(gpu, before, dy, n_rows, w).reshape(with_last_dim(dy, n_in));
     }
     let mut dx = vec![0.0; n_rows * n_in];
     project_back(dy.f32(), n_rows, w, &mut dx);
-    Tensor::from_vec(dx, with_last_dim(dy, n_in))
+    add::onto(before, Tensor::from_vec(dx, with_last_dim(dy, n_in)))
 }
 
 /// Gradient of the weight: `dy^T x`, `[N, K]`.

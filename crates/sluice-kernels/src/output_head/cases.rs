@@ -118,15 +118,29 @@ pub(crate) fn run(check: &mut Check<'_>) {
         check.case("cross_entropy", name.clone());
         let (want, off) = twins(None);
         let got = cross_entropy(&h_s, &w_s, &x.targets, &x.weights, everything);
-        check.compare_slice("nll", &got.nll, &want.nll, check.allowed(3e-6, &want.nll, &off.nll, 2.0));
-        check.compare("dh", &got.dh.expect("asked for"), &want.dh, check.allowed(5e-6, &want.dh, &off.dh, 3.0) + dz_rounding(check));
-        check.compare("dw", &got.dw.expect("asked for"), &want.dw, check.allowed(1e-5, &want.dw, &off.dw, 3.0) + dz_rounding(check));
+        // Logits that become a gradient are activations: rounded ones are off by one part in 2^9 of up to about 8.
+        let of_logits = if check.activations().len() > 1 { 2.0 * 8.0 / 512.0 } else { 0.0 };
+        check.compare_slice("nll", &got.nll, &want.nll, check.allowed(3e-6, &want.nll, &off.nll, 2.0) + of_logits);
+        check.compare(
+            "dh",
+            &got.dh.expect("asked for"),
+            &want.dh,
+            check.allowed(5e-6, &want.dh, &off.dh, 3.0) + dz_rounding(check) + of_logits,
+        );
+        check.compare(
+            "dw",
+            &got.dw.expect("asked for"),
+            &want.dw,
+            check.allowed(1e-5, &want.dw, &off.dw, 3.0) + dz_rounding(check) + of_logits,
+        );
         let z = naive::logits(&x.h_s, &x.w_s);
         let slack = if check.rounds_factors() { 5e-2 } else { 1e-5 };
         let is_best = |i: usize| z[i].iter().all(|&other| other - z[i][got.top1[i] as usize] < slack);
         check.require("first choice", (0..case.n).all(|i| x.weights[i] == 0.0 || is_best(i)));
         let nothing = cross_entropy(&h_s, &w_s, &x.targets, &x.weights, Wanted::NOTHING);
-        check.require("the loss without gradients is the same", nothing.nll == got.nll && nothing.dh.is_none() && nothing.dw.is_none());
+        check.compare_slice("nll alone", &nothing.nll, &want.nll, check.allowed(3e-6, &want.nll, &off.nll, 2.0));
+        let equal = of_logits > 0.0 || nothing.nll == got.nll;
+        check.require("the loss without gradients is the same", equal && nothing.dh.is_none() && nothing.dw.is_none());
 
         check.case("distill", name);
         let (want, off) = twins(Some(&case.terms));

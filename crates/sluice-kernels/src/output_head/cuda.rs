@@ -3,20 +3,23 @@
 
 use std::sync::Arc;
 
-use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Arg, Buffer, Epilogue, Gpu, KernelSource, Mat, gemm, or_raise};
+use sluice_tensor::{DType, Tensor};
 
 use super::distill::RowLosses;
 use super::{CrossEntropy, Distill, DistillTerms, Wanted, even_chunks, neighbours, weighted_rows};
-use crate::launch::{output, over_elements, run};
+use crate::launch::{act, act_mut, factor, formats, launch, of_format, output, over_elements, run};
 
-const SOURCE: KernelSource = KernelSource { name: "output_head", code: include_str!("output_head.cu") };
+static SOURCES: [KernelSource; 2] = formats!("output_head", "output_head.cu");
+
+/// Threads of `cross_entropy`.
+const WIDE: u32 = 1024;
 
 /// Bytes of logits held at a time: enough rows that reading all of `w` is cheap beside the product.
 const CHUNK_BYTES: usize = 512 << 20;
 
-fn per_chunk(n: usize, vocab: usize) -> usize {
-    even_chunks(n, (CHUNK_BYTES / 4 / vocab.max(1)).max(1))
+fn per_chunk(n: usize, row_bytes: usize) -> usize {
+    even_chunks(n, (CHUNK_BYTES / row_bytes.max(1)).max(1))
 }
 
 /// The given ascending rows of an `[n, M]`: where they lie, if they are neighbours, or a copy.
@@ -37,25 +40,26 @@ impl<'a> Rows<'a> {
         let Some(ids) = &self.ids else {
             return work(Mat::within(h, self.all[0] * m, n, m, m));
         };
-        let mut gathered = output(gpu, [n, m]);
-        let args = [h.into(), ids.into(), (&mut gathered).into(), ((n * m) as u64).into(), (m as u32).into()];
+        let mut gathered = Tensor::empty_on(gpu, [n, m], h.dtype());
+        let args = [act(h), ids.into(), act_mut(&mut gathered), ((n * m) as u64).into(), (m as u32).into()];
         // SAFETY: `ids` are rows of `h`.
-        unsafe { run(gpu, &SOURCE, "gather_rows", over_elements(n * m), &args) };
+        unsafe { run(gpu, of_format(&SOURCES, h.dtype()), "gather_rows", over_elements(n * m), &args) };
         work(Mat::new(&gathered, n, m))
     }
 
     /// `dh[rows] = dz w`.
     fn project_back(&self, gpu: &Arc<Gpu>, dz: &Tensor, w: &Tensor, dh: &mut Tensor) {
         let ([vocab, m], n) = (w.dims(), self.all.len());
+        let w = &factor(gpu, w);
         let (dz, w) = (Mat::within(dz, 0, n, vocab, vocab), Mat::new(w, vocab, m));
         let Some(ids) = &self.ids else {
             return gemm(dz, w, dh, self.all[0] * m, m, Epilogue::default());
         };
-        let mut rows = output(gpu, [n, m]);
+        let mut rows = Tensor::empty_on(gpu, [n, m], dh.dtype());
         gemm(dz, w, &mut rows, 0, m, Epilogue::default());
-        let args = [(&rows).into(), ids.into(), dh.into(), ((n * m) as u64).into(), (m as u32).into()];
+        let args = [act(&rows), ids.into(), act_mut(dh), ((n * m) as u64).into(), (m as u32).into()];
         // SAFETY: `ids` are rows of `dh`, each once.
-        unsafe { run(gpu, &SOURCE, "scatter_rows", over_elements(n * m), &args) };
+        unsafe { run(gpu, of_format(&SOURCES, rows.dtype()), "scatter_rows", over_elements(n * m), &args) };
     }
 }
 
@@ -66,13 +70,16 @@ struct Gradients {
 }
 
 impl Gradients {
-    fn new(h: &Tensor, w: &Tensor, wanted: Wanted) -> Self {
-        let zeros = |x: &Tensor| Tensor::zeros_on(&x.device(), x.shape());
-        Self { dh: wanted.input.then(|| zeros(h)), dw: wanted.weight.then(|| zeros(w)), is_zero: true }
+    /// `dh` in the format of `h`.
+    fn new(gpu: &Arc<Gpu>, h: &Tensor, w: &Tensor, wanted: Wanted) -> Self {
+        let zeros = |x: &Tensor, dtype| Tensor::zeros_on_gpu(gpu, x.shape(), dtype);
+        Self { dh: wanted.input.then(|| zeros(h, h.dtype())), dw: wanted.weight.then(|| zeros(w, DType::F32)), is_zero: true }
     }
 
     fn add(&mut self, gpu: &Arc<Gpu>, dz: &Tensor, rows: &Rows<'_>, h: &Tensor, w: &Tensor) {
         let [vocab, m] = w.dims();
+        // Rounded once for both products, where the precision rounds factors.
+        let dz = &dz.to_dtype(gpu.precision().activations());
         if let Some(dh) = &mut self.dh {
             rows.project_back(gpu, dz, w, dh);
         }
@@ -87,6 +94,7 @@ impl Gradients {
 /// `z [rows, V] = h[rows] w^T`.
 fn project(gpu: &Arc<Gpu>, rows: &Rows<'_>, h: &Tensor, w: &Tensor, z: &mut Tensor) {
     let [vocab, m] = w.dims();
+    let w = &factor(gpu, w);
     rows.of(gpu, h, |h| gemm(h, Mat::new(w, vocab, m).t(), z, 0, vocab, Epilogue::default()));
 }
 
@@ -97,18 +105,20 @@ fn pick<T: Copy>(values: &[T], rows: &[usize]) -> Vec<T> {
 pub(super) fn cross_entropy(gpu: &Arc<Gpu>, h: &Tensor, w: &Tensor, targets: &[u32], weights: &[f32], grads: Wanted) -> CrossEntropy {
     let vocab = w.shape()[0];
     let active = weighted_rows(weights);
-    let per_chunk = per_chunk(active.len(), vocab);
-    let mut gradients = Gradients::new(h, w, grads);
+    // Where the precision rounds factors, logits that become a gradient are rounded as well; a loss by itself is of f32 logits.
+    let format = if grads.any() { gpu.precision().activations() } else { DType::F32 };
+    let per_chunk = per_chunk(active.len(), format.size() * vocab);
+    let mut gradients = Gradients::new(gpu, h, w, grads);
     let results = or_raise(gpu.alloc(active.len() * 12));
     let (row_targets, row_weights) =
         (or_raise(gpu.upload_slice(&pick(targets, &active))), or_raise(gpu.upload_slice(&pick(weights, &active))));
-    let mut z = output(gpu, [per_chunk.min(active.len()), vocab]);
+    let mut z = Tensor::empty_on(gpu, [per_chunk.min(active.len()), vocab], format);
     for (i, chunk) in active.chunks(per_chunk).enumerate() {
         let rows = Rows::new(gpu, chunk);
         project(gpu, &rows, h, w, &mut z);
         let first = (i * per_chunk) as u64;
         let args: [Arg; 6] = [
-            (&mut z).into(),
+            act_mut(&mut z),
             (row_targets.address() + 4 * first).into(),
             (row_weights.address() + 4 * first).into(),
             (results.address() + 12 * first).into(),
@@ -116,7 +126,7 @@ pub(super) fn cross_entropy(gpu: &Arc<Gpu>, h: &Tensor, w: &Tensor, targets: &[u
             u32::from(grads.any()).into(),
         ];
         // SAFETY: a block per row of the chunk; the caller checked the targets.
-        unsafe { run(gpu, &SOURCE, "cross_entropy", [chunk.len() as u32, 1, 1], &args) };
+        unsafe { launch(gpu, of_format(&SOURCES, format), "cross_entropy", [chunk.len(), 1, 1], WIDE, 0, &args) };
         if grads.any() {
             gradients.add(gpu, &z, &rows, h, w);
         }
@@ -141,8 +151,8 @@ pub(super) fn distill(
 ) -> Distill {
     let vocab = w_s.shape()[0];
     let active = weighted_rows(weights);
-    let per_chunk = per_chunk(active.len(), 2 * vocab);
-    let mut gradients = Gradients::new(h_s, w_s, grads);
+    let per_chunk = per_chunk(active.len(), 2 * DType::F32.size() * vocab);
+    let mut gradients = Gradients::new(gpu, h_s, w_s, grads);
     let results = or_raise(gpu.alloc(active.len() * 24));
     let row_targets = targets.map(|t| or_raise(gpu.upload_slice(&pick(t, &active))));
     let row_weights = or_raise(gpu.upload_slice(&pick(weights, &active)));
@@ -170,7 +180,7 @@ pub(super) fn distill(
             terms.boundary_width.into(),
         ];
         // SAFETY: a block per row of the chunk; the caller checked the targets.
-        unsafe { run(gpu, &SOURCE, "distill", [chunk.len() as u32, 1, 1], &args) };
+        unsafe { run(gpu, &SOURCES[0], "distill", [chunk.len() as u32, 1, 1], &args) };
         if grads.any() {
             gradients.add(gpu, &z_s, &rows, h_s, w_s);
         }

@@ -41,7 +41,7 @@ impl Wanted {
 /// Plain logits `[n, V]`, for the few rows of a decoding step.
 #[track_caller]
 pub fn logits(h: &Tensor, w: &Tensor) -> Tensor {
-    linear::fwd(h, w, None)
+    linear::fwd_f32(h, w)
 }
 
 /// Bytes of logits that stay in a last-level cache between their three matrix products.

@@ -48,28 +48,74 @@ __device__ __forceinline__ Best best_all(Best b) {
     return reduce(b, [](const Best& a, const Best& b) { return merge(a, b); });
 }
 
-// results [rows, 3]: nll, top1, its probability. With `gradient`, z becomes weight (softmax(z) - onehot(target)).
-KERNEL cross_entropy(float* __restrict__ z, const u32* __restrict__ targets, const float* __restrict__ weights, u32* __restrict__ results,
-                     u32 vocab, u32 gradient) {
-    const u32 row = blockIdx.x;
-    z += (u64)row * vocab;
-    const u32 target = targets[row];
-    const float z_target = z[target];
-    Best best = no_best();
-    for (u32 j = threadIdx.x; j < vocab; j += N) take(best, z[j], j);
-    best = best_all(best);
-    const float max = best.index == 0xffffffffu ? __int_as_float(0x7fffffff) : best.value;
-    float sum = 0.f;
-    for (u32 j = threadIdx.x; j < vocab; j += N) sum += expf(z[j] - max);
-    sum = sum_all(sum);
+// Threads that share a row of logits in `cross_entropy`: many, so that what all blocks work on stays in the L2 cache between its two passes.
+constexpr u32 WIDE = 1024;
+
+// The largest logit with its index, and the sum of exp(z - value).
+struct Peak {
+    float value, sum;
+    u32 index;
+};
+
+__device__ __forceinline__ void take(Peak& p, float z, u32 index) {
+    if (z > p.value || (p.index == 0xffffffffu && z == -INF)) {
+        p.sum *= expf(p.value - z);
+        p.value = z;
+        p.index = index;
+    }
+}
+
+__device__ __forceinline__ Peak merge(const Peak& a, const Peak& b) {
+    const bool first = a.value > b.value || (a.value == b.value && a.index < b.index);
+    const Peak& w = first ? a : b;
+    const Peak& l = first ? b : a;
+    return {w.value, w.sum + (l.sum == 0.f ? 0.f : l.sum * expf(l.value - w.value)), w.index};
+}
+
+template <int V>
+__device__ __forceinline__ void cross_entropy_of_row(act* z, u32 target, float weight, u32* results, u32 vocab, bool gradient) {
+    __shared__ Peak all[WIDE];
+    const float z_target = load<1>(z + target)[0];
+    Peak p = {-INF, 0.f, 0xffffffffu};
+    for (u32 j = threadIdx.x * V; j < vocab; j += WIDE * V) {
+        const Vec<V> x = load<V>(z + j);
+#pragma unroll
+        for (int e = 0; e < V; e++) take(p, x[e], j + e);
+#pragma unroll
+        for (int e = 0; e < V; e++) p.sum += expf(x[e] - p.value);
+    }
+    all[threadIdx.x] = p;
+    __syncthreads();
+#pragma unroll
+    for (u32 d = WIDE / 2; d > 0; d >>= 1) {
+        if (threadIdx.x < d) all[threadIdx.x] = merge(all[threadIdx.x], all[threadIdx.x + d]);
+        __syncthreads();
+    }
+    p = all[0];
+    // Without a number among the logits there is no largest one, and everything is NaN.
+    const float max = p.index == 0xffffffffu ? __int_as_float(0x7fffffff) : p.value;
     if (threadIdx.x == 0) {
-        results[row * 3] = __float_as_uint((max - z_target) + logf(sum));
-        results[row * 3 + 1] = best.index;
-        results[row * 3 + 2] = __float_as_uint(1.f / sum);
+        results[0] = __float_as_uint((max - z_target) + logf(p.sum));
+        results[1] = p.index;
+        results[2] = __float_as_uint(1.f / p.sum);
     }
     if (!gradient) return;
-    const float weight = weights[row], a = weight / sum;
-    for (u32 j = threadIdx.x; j < vocab; j += N) z[j] = a * expf(z[j] - max) - (j == target ? weight : 0.f);
+    const float a = weight / p.sum;
+    for (u32 j = threadIdx.x * V; j < vocab; j += WIDE * V) {
+        Vec<V> x = load<V>(z + j);
+#pragma unroll
+        for (int e = 0; e < V; e++) x[e] = a * expf(x[e] - max) - (j + e == target ? weight : 0.f);
+        store<V>(z + j, x);
+    }
+}
+
+// results [rows, 3]: nll, top1, its probability. With `gradient`, z becomes weight (softmax(z) - onehot(target)).
+KERNEL __launch_bounds__(1024) cross_entropy(act* __restrict__ z, const u32* __restrict__ targets, const float* __restrict__ weights, u32* __restrict__ results,
+                                             u32 vocab, u32 gradient) {
+    const u32 row = blockIdx.x;
+    z += (u64)row * vocab, results += row * 3;
+    if (vocab % 4 == 0) cross_entropy_of_row<4>(z, targets[row], weights[row], results, vocab, gradient);
+    else cross_entropy_of_row<1>(z, targets[row], weights[row], results, vocab, gradient);
 }
 
 // p = exp((z - max) scale) / sum
@@ -168,10 +214,10 @@ KERNEL distill(float* __restrict__ z_s, const float* __restrict__ z_t, const u32
     }
 }
 
-KERNEL gather_rows(const float* __restrict__ x, const u32* __restrict__ rows, float* __restrict__ y, u64 n, u32 m) {
+KERNEL gather_rows(const act* __restrict__ x, const u32* __restrict__ rows, act* __restrict__ y, u64 n, u32 m) {
     for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) y[i] = x[(u64)rows[i / m] * m + i % m];
 }
 
-KERNEL scatter_rows(const float* __restrict__ x, const u32* __restrict__ rows, float* __restrict__ y, u64 n, u32 m) {
+KERNEL scatter_rows(const act* __restrict__ x, const u32* __restrict__ rows, act* __restrict__ y, u64 n, u32 m) {
     for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) y[(u64)rows[i / m] * m + i % m] = x[i];
 }

@@ -8,6 +8,7 @@ mod tests;
 
 use sluice_tensor::Tensor;
 
+use crate::add;
 use crate::row_chunks::{for_each_chunk, for_each_chunk_pair, rows_per_chunk, sum_over_rows};
 use crate::vector_math::{dot, dot_body, vectorised};
 
@@ -56,12 +57,18 @@ pub fn row_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
 /// With `n = x inv_rms` and `g = dy weight`: `dx = inv_rms (g - n mean(g n))`, `dweight = sum over rows of dy n`.
 #[track_caller]
 pub fn bwd(dy: &Tensor, x: &Tensor, weight: Option<&Tensor>, inv_rms: &Tensor) -> (Tensor, Option<Tensor>) {
+    bwd_onto(None, dy, x, weight, inv_rms)
+}
+
+/// [`bwd`] with `dx` added to the gradient that `x` has so far, in place where nobody else looks at that.
+#[track_caller]
+pub fn bwd_onto(before: Option<Tensor>, dy: &Tensor, x: &Tensor, weight: Option<&Tensor>, inv_rms: &Tensor) -> (Tensor, Option<Tensor>) {
     let (m, n_rows) = (x.last_dim(), x.n_rows());
     check_weight(x, weight);
     assert_eq!(dy.shape(), x.shape(), "backward of rms_norm with dy {:?} and x {:?}", dy.shape(), x.shape());
     assert_eq!(inv_rms.len(), n_rows, "backward of rms_norm with inv_rms {:?} and x {:?}", inv_rms.shape(), x.shape());
     if let Some(gpu) = x.gpu() {
-        return cuda::bwd(gpu, dy, x, weight, inv_rms);
+        return cuda::bwd(gpu, before, dy, x, weight, inv_rms);
     }
     let (d, xs, inv, w) = (dy.f32(), x.f32(), inv_rms.f32(), weight.map(Tensor::f32));
     let rows = rows_per_chunk(m);
@@ -86,7 +93,7 @@ pub fn bwd(dy: &Tensor, x: &Tensor, weight: Option<&Tensor>, inv_rms: &Tensor) -
         });
         Tensor::from_vec(sum, w.shape())
     });
-    (Tensor::from_vec(dx, x.shape()), dweight)
+    (add::onto(before, Tensor::from_vec(dx, x.shape())), dweight)
 }
 
 #[track_caller]

@@ -14,12 +14,15 @@ pub(crate) fn run(check: &mut Check<'_>) {
         let far_and_scattered: Vec<u32> = in_order.iter().map(|t| 1_000_000 - 77 * t).collect();
         let freq: Vec<f32> = (0..shape[3] / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / shape[3] as f32)).collect();
         let x = Rng::new(1).normal_tensor(shape);
-        let there = check.put(&x);
-        for style in [RopeStyle::Interleaved, RopeStyle::HalfSplit] {
-            for (positions, where_) in [(&in_order, "in order"), (&far_and_scattered, "far out")] {
-                check.case("rope", format!("{shape:?} {style:?} {where_}"));
-                check.compare("y", &fwd(&there, positions, &freq, style), &naive::rotate(&x, positions, &freq, style, 1.0), 1e-6);
-                check.compare("dx", &bwd(&there, positions, &freq, style), &naive::rotate(&x, positions, &freq, style, -1.0), 1e-6);
+        for format in check.activations() {
+            let (x, there) = check.put_as(&x, format);
+            for style in [RopeStyle::Interleaved, RopeStyle::HalfSplit] {
+                for (positions, where_) in [(&in_order, "in order"), (&far_and_scattered, "far out")] {
+                    check.case("rope", format!("{shape:?} {style:?} {where_} {format:?}"));
+                    let allowed = 1e-6 + check.rounding(format);
+                    check.compare("y", &fwd(&there, positions, &freq, style), &naive::rotate(&x, positions, &freq, style, 1.0), allowed);
+                    check.compare("dx", &bwd(&there, positions, &freq, style), &naive::rotate(&x, positions, &freq, style, -1.0), allowed);
+                }
             }
         }
     }

@@ -1,4 +1,4 @@
-//! A thread per token and pair.
+//! A thread per token and pair; the result in the format of `x`.
 
 use std::sync::Arc;
 
@@ -6,20 +6,20 @@ use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Gpu, KernelSource, or_raise};
 
 use super::RopeStyle;
-use crate::launch::{output, over_elements, run};
+use crate::launch::{act, act_mut, formats, of_format, over_elements, run};
 
-const SOURCE: KernelSource = KernelSource { name: "rope", code: include_str!("rope.cu") };
+static SOURCES: [KernelSource; 2] = formats!("rope", "rope.cu");
 
 pub(super) fn rotate(gpu: &Arc<Gpu>, x: &Tensor, positions: &[u32], inv_freq: &[f32], style: RopeStyle, direction: f32) -> Tensor {
     let [b, t, n_heads, head_dim] = x.dims();
     let (positions, inv_freq) = (or_raise(gpu.upload_slice(positions)), or_raise(gpu.upload_slice(inv_freq)));
-    let mut y = output(gpu, x.shape());
+    let mut y = Tensor::empty_on(gpu, x.shape(), x.dtype());
     let n_tokens = b * t;
     let args = [
-        x.into(),
+        act(x),
         (&positions).into(),
         (&inv_freq).into(),
-        (&mut y).into(),
+        act_mut(&mut y),
         (n_tokens as u64).into(),
         (t as u32).into(),
         (n_heads as u32).into(),
@@ -28,6 +28,6 @@ pub(super) fn rotate(gpu: &Arc<Gpu>, x: &Tensor, positions: &[u32], inv_freq: &[
         direction.into(),
     ];
     // SAFETY: `y` has the shape of `x`; positions and frequencies have `t` and `D / 2` entries, checked by the caller.
-    unsafe { run(gpu, &SOURCE, "rope", over_elements(n_tokens * head_dim / 2), &args) };
+    unsafe { run(gpu, of_format(&SOURCES, x.dtype()), "rope", over_elements(n_tokens * head_dim / 2), &args) };
     y
 }

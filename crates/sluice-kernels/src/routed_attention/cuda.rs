@@ -7,7 +7,7 @@ use sluice_tensor::{DType, Tensor};
 
 use super::gpu_routing::GpuRouting;
 use super::{Dims, GateBias, RoutedGrads};
-use crate::launch::{launch, optional, output};
+use crate::launch::{act, act_mut, launch, optional, output};
 
 macro_rules! source {
     ($name:literal, $file:literal, $head_dim:literal) => {
@@ -156,14 +156,14 @@ pub(super) fn fwd(
     let (mut o, mut lse) = (call.bf16(q.shape()), output(gpu, &q.shape()[..3]));
     let [q16, k16, v16] = [q, k, v].map(|x| x.to_dtype(DType::Bf16));
     let args = [
-        (&q16).into(),
-        (&k16).into(),
-        (&v16).into(),
+        act(&q16),
+        act(&k16),
+        act(&v16),
         optional(call.scores),
         (&routing.indices).into(),
         (&routing.tau).into(),
         (&routing.lens_there).into(),
-        (&mut o).into(),
+        act_mut(&mut o),
         (&mut lse).into(),
     ];
     call.by_rows("routed_attention_fwd", 1, 4, &args);
@@ -179,21 +179,21 @@ pub(super) fn bwd(gpu: &Arc<Gpu>, dims: &Dims, inputs: [&Tensor; 6], bias: Optio
     let lse = inputs[5];
     let (mut dq, mut delta) = (call.bf16(q.shape()), output(gpu, lse.shape()));
     let args = [
-        (&dout).into(),
-        (&q).into(),
-        (&k).into(),
-        (&v).into(),
-        (&o).into(),
+        act(&dout),
+        act(&q),
+        act(&k),
+        act(&v),
+        act(&o),
         lse.into(),
         optional(call.scores),
         (&routing.indices).into(),
         (&routing.tau).into(),
         (&routing.lens_there).into(),
-        (&mut dq).into(),
+        act_mut(&mut dq),
         (&mut delta).into(),
     ];
     call.by_rows("routed_attention_dq", 2, 5, &args);
-    let rows: [Arg; 6] = [(&dout).into(), (&q).into(), (&k).into(), (&v).into(), lse.into(), (&delta).into()];
+    let rows: [Arg; 6] = [act(&dout), act(&q), act(&k), act(&v), lse.into(), (&delta).into()];
     let entries = (routing.n_routed > 0).then(|| routed(&call, &rows));
     let dscores = bias.map(|_| match &entries {
         Some(entries) => entries.dscores.clone().expect("there is a bias"),
@@ -209,8 +209,8 @@ pub(super) fn bwd(gpu: &Arc<Gpu>, dims: &Dims, inputs: [&Tensor; 6], bias: Optio
             address(entries.as_ref().map(|e| &e.first_reader)),
             address(entries.as_ref().map(|e| &e.sorted)),
             address(entries.as_ref().map(|e| &e.sums)),
-            (&mut dk).into(),
-            (&mut dv).into(),
+            act_mut(&mut dk),
+            act_mut(&mut dv),
         ])
         .chain([dims.t, dims.g, routing.window, routing.route_every, entries.as_ref().map_or(0, |e| e.capacity)].map(int))
         .chain(call.division())

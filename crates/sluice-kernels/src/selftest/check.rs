@@ -2,6 +2,7 @@
 //!
 //! The rule: on f32 factors an op has the tolerance of its CPU test, in units of `max(1, |wanted|)`. Where a device rounds the factors of
 //! a product, the naive twin of the rounded factors is off as well; the op may be off by twice that (three times for gradients) on top.
+//! A result in bf16 has 8 bits, so its last rounding is at most one part in 2^9; it may be off by twice that.
 
 use half::bf16;
 use sluice_tensor::cuda::Precision;
@@ -79,6 +80,23 @@ impl<'a> Check<'a> {
     /// Whether the device rounds the factors of products.
     pub fn rounds_factors(&self) -> bool {
         self.device.gpu().is_some_and(|gpu| gpu.precision() != Precision::F32)
+    }
+
+    /// Formats in which an op may be given its activations here.
+    pub fn activations(&self) -> Vec<DType> {
+        let given = self.device.gpu().map_or(DType::F32, |gpu| gpu.precision().activations());
+        if given == DType::F32 { vec![DType::F32] } else { vec![DType::F32, given] }
+    }
+
+    /// `x` as an activation of that format: what the twin is to be given, and the tensor on the device.
+    pub fn put_as(&self, x: &Tensor, format: DType) -> (Tensor, Tensor) {
+        let rounded = x.to_dtype(format);
+        (rounded.to_dtype(DType::F32), self.put(&rounded))
+    }
+
+    /// What the last rounding of a result of that format may be off by.
+    pub fn rounding(&self, format: DType) -> f64 {
+        if format == DType::Bf16 { 1.0 / 256.0 } else { 0.0 }
     }
 
     /// A factor of a product as the device sees it.

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Gpu, KernelSource, or_raise};
+use sluice_tensor::{DType, Tensor};
 
 use super::TINY;
 use crate::launch::{output, over_elements, over_rows, run, sum_to_scalar};
@@ -12,6 +12,7 @@ const SOURCE: KernelSource = KernelSource { name: "weighted_mse", code: include_
 
 pub(super) fn fwd(gpu: &Arc<Gpu>, a: &Tensor, b: &Tensor, weights: &[f32]) -> (Tensor, Tensor) {
     let (m, n_rows) = (a.last_dim(), a.n_rows());
+    let [a, b] = &[a, b].map(|x| x.to_dtype(DType::F32));
     let weights = or_raise(gpu.upload_slice(weights));
     let (mut terms, mut factors) = (output(gpu, [n_rows]), output(gpu, [n_rows]));
     let args = [
@@ -30,6 +31,7 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, a: &Tensor, b: &Tensor, weights: &[f32]) -> (T
 }
 
 pub(super) fn bwd(gpu: &Arc<Gpu>, dy: &Tensor, a: &Tensor, b: &Tensor, factors: &Tensor) -> Tensor {
+    let [a, b] = &[a, b].map(|x| x.to_dtype(DType::F32));
     let mut da = output(gpu, a.shape());
     let (n, m) = (a.len(), a.last_dim());
     let args = [dy.into(), a.into(), b.into(), factors.into(), (&mut da).into(), (n as u64).into(), (m as u32).into()];

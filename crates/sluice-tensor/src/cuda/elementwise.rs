@@ -26,16 +26,18 @@ pub(crate) fn convert(x: &Tensor, offset: usize, n: usize, dtype: DType) -> Tens
     y
 }
 
-/// Set `n` elements of an f32 tensor from `offset` on.
-pub(crate) fn fill_range(x: &mut Tensor, offset: usize, n: usize, value: f32) {
-    assert!(offset + n <= x.len() && x.dtype() == DType::F32, "filling {offset} to {} of {x:?}", offset + n);
-    let gpu = Arc::clone(x.gpu().expect("filling on the GPU"));
-    let to = x.address_mut() + 4 * offset as u64;
-    run(&gpu, "fill", n, &[Arg::U64(to), Arg::F32(value), Arg::U64(n as u64)]);
+/// Set `n` elements of a tensor from `offset` on to 0.
+pub(crate) fn clear_range(x: &mut Tensor, offset: usize, n: usize) {
+    assert!(offset + n <= x.len(), "clearing {offset} to {} of {x:?}", offset + n);
+    let gpu = Arc::clone(x.gpu().expect("clearing on the GPU"));
+    let size = x.dtype().size();
+    let to = x.address_mut() + (size * offset) as u64;
+    // Both formats are a multiple of two bytes, and zero is zero in both.
+    run(&gpu, "clear", n * size / 2, &[Arg::U64(to), Arg::U64((n * size / 2) as u64)]);
 }
 
 fn run(gpu: &Gpu, name: &str, n: usize, args: &[Arg]) {
-    let blocks = n.div_ceil(THREADS as usize * 4).min(1 << 20) as u32;
+    let blocks = n.div_ceil(THREADS as usize * 8).min(1 << 20) as u32;
     // SAFETY: both addresses have room for `n` elements, as checked above, and the kernels stop there.
     or_raise(gpu.function(&SOURCE, name).and_then(|f| unsafe { gpu.launch(f, [blocks, 1, 1], [THREADS, 1, 1], 0, args) }));
 }

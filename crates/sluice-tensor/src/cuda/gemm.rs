@@ -1,4 +1,4 @@
-//! The matrix product on the GPU: cuBLASLt, row-major, f32 results. Factors are what the GPU's [`Precision`] says; sums are f32.
+//! The matrix product on the GPU: cuBLASLt, row-major, results f32 or bf16. Factors are what the GPU's [`Precision`] says; sums are f32.
 //!
 //! cuBLASLt thinks in columns: a row-major `c = a b` is its `c^T = b^T a^T` on the same memory, so `b` is its first factor.
 //! The choice of algorithm is asked for once per shape and kept; it depends on nothing but the shape, so a product has the
@@ -79,13 +79,12 @@ pub struct Epilogue<'a> {
     pub bias: Option<&'a Tensor>,
 }
 
-/// `c = a b + bias`, into the `[m, n]` of f32 `c` from element `offset` on, rows `row_stride` elements apart.
+/// `c = a b + bias`, into the `[m, n]` of `c` (f32 or bf16) from element `offset` on, rows `row_stride` elements apart.
 /// `a` and `b` are f32 or bf16. A dimension of 0 inside gives zeros and the bias is not added.
 #[track_caller]
 pub fn gemm(a: Mat<'_>, b: Mat<'_>, c: &mut Tensor, offset: usize, row_stride: usize, epilogue: Epilogue<'_>) {
     let ((m, k), (k_b, n)) = (a.shape(), b.shape());
     assert_eq!(k, k_b, "product of [{m}, {k}] and [{k_b}, {n}]");
-    assert_eq!(c.dtype(), DType::F32, "the result of a product is f32");
     let gpu = Arc::clone(c.gpu().expect("the result of a product on the GPU lies there"));
     if m == 0 || n == 0 {
         return;
@@ -97,14 +96,14 @@ pub fn gemm(a: Mat<'_>, b: Mat<'_>, c: &mut Tensor, offset: usize, row_stride: u
     if k == 0 {
         assert!(row_stride == n, "an empty product is written to contiguous memory");
         if !epilogue.accumulate {
-            super::elementwise::fill_range(c, offset, m * n, 0.0);
+            super::elementwise::clear_range(c, offset, m * n);
         }
         return;
     }
     let both_narrow = a.tensor.dtype() == DType::Bf16 && b.tensor.dtype() == DType::Bf16;
     let format = if both_narrow || gpu.precision() == Precision::Bf16 { DType::Bf16 } else { DType::F32 };
     let ((a_tensor, a_offset), (b_tensor, b_offset)) = (a.in_format(format), b.in_format(format));
-    let c_address = c.address_mut() + 4 * offset as u64;
+    let c_address = c.address_mut() + (c.dtype().size() * offset) as u64;
     let addresses =
         [b_tensor.address() + (b_offset * format.size()) as u64, a_tensor.address() + (a_offset * format.size()) as u64, c_address];
     let key = Key {
@@ -114,11 +113,14 @@ pub fn gemm(a: Mat<'_>, b: Mat<'_>, c: &mut Tensor, offset: usize, row_stride: u
         strides: [b.row_stride, a.row_stride, row_stride],
         transposed: [b.transposed, a.transposed],
         format,
+        result: c.dtype(),
         precision: gpu.precision(),
         with_bias: epilogue.bias.is_some(),
         alignment: addresses.map(|address| 1 << address.trailing_zeros().min(8)),
     };
-    let bias = epilogue.bias.map(Tensor::address);
+    // cuBLASLt adds a bias in the format of the result.
+    let bias_there = epilogue.bias.map(|bias| if c.dtype() == DType::Bf16 { bias.rounded() } else { bias.clone() });
+    let bias = bias_there.as_ref().map(Tensor::address);
     or_raise(
         gpu.bind().and_then(|()| gpu.blas.lock().expect("no panic inside a product").run(&gpu, &key, addresses, bias, epilogue.accumulate)),
     );
@@ -134,6 +136,7 @@ struct Key {
     strides: [usize; 3],
     transposed: [bool; 2],
     format: DType,
+    result: DType,
     precision: Precision,
     with_bias: bool,
     alignment: [u32; 3],
@@ -224,7 +227,7 @@ impl Plan {
             (DType::F32, Precision::Tf32) => Compute::CUBLAS_COMPUTE_32F_FAST_TF32,
             _ => Compute::CUBLAS_COMPUTE_32F,
         };
-        let format = if key.format == DType::Bf16 { CUDA_R_16BF } else { CUDA_R_32F };
+        let [format, of_result] = [key.format, key.result].map(|dtype| if dtype == DType::Bf16 { CUDA_R_16BF } else { CUDA_R_32F });
         // As cuBLASLt sees it: the first factor is b^T [n, k], the second a^T [k, m]; row-major memory is its column-major transpose.
         let stored = |rows: usize, cols: usize, transposed: bool| if transposed { (cols, rows) } else { (rows, cols) };
         let (first, second) = (stored(key.n, key.k, key.transposed[0]), stored(key.k, key.m, key.transposed[1]));
@@ -246,7 +249,7 @@ impl Plan {
             let layouts = [
                 layout(format, first, key.strides[0])?,
                 layout(format, second, key.strides[1])?,
-                layout(CUDA_R_32F, (key.n, key.m), key.strides[2])?,
+                layout(of_result, (key.n, key.m), key.strides[2])?,
             ];
             let preference = result::create_matmul_pref()?;
             let workspace = WORKSPACE as u64;

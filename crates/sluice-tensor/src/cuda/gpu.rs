@@ -16,7 +16,7 @@ use super::gemm::Blas;
 use super::libraries::{Libraries, Version};
 use super::memory::{Buffer, Held, Pool};
 use super::staging::Staging;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Number format of the factors of matrix products; sums, norms, gates, losses and master weights are f32 in every mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,6 +30,15 @@ pub enum Precision {
 }
 
 impl Precision {
+    /// Format of activations: of what products give and take. The residual stream, scores, losses, norms' statistics, weights and their
+    /// gradients are f32 whatever the precision.
+    pub fn activations(self) -> DType {
+        match self {
+            Self::Bf16 => DType::Bf16,
+            Self::Tf32 | Self::F32 => DType::F32,
+        }
+    }
+
     /// Name in commands and reports.
     pub fn name(self) -> &'static str {
         match self {
@@ -176,18 +185,20 @@ impl From<f32> for Arg {
     }
 }
 
-/// The address of what a kernel reads.
+/// The address of f32 elements that a kernel reads. A kernel for another format takes [`Tensor::address`].
 impl From<&Tensor> for Arg {
     #[track_caller]
     fn from(tensor: &Tensor) -> Self {
+        assert_eq!(tensor.dtype(), DType::F32, "a kernel for f32 was given a tensor of shape {:?}", tensor.shape());
         Self::U64(tensor.address())
     }
 }
 
-/// The address of what a kernel writes; a shared tensor is copied first.
+/// The address of f32 elements that a kernel writes; a shared tensor is copied first.
 impl From<&mut Tensor> for Arg {
     #[track_caller]
     fn from(tensor: &mut Tensor) -> Self {
+        assert_eq!(tensor.dtype(), DType::F32, "a kernel for f32 was given a tensor of shape {:?}", tensor.shape());
         Self::U64(tensor.address_mut())
     }
 }

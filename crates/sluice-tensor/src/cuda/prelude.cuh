@@ -16,6 +16,53 @@ __device__ __forceinline__ u16 to_bf16(float x) {
     return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// V (1 or 4) neighbouring numbers of either format as floats. Four of them begin at a multiple of four.
+template <int V>
+struct Vec {
+    float v[V];
+    __device__ __forceinline__ float& operator[](int i) { return v[i]; }
+    __device__ __forceinline__ float operator[](int i) const { return v[i]; }
+};
+
+template <int V>
+__device__ __forceinline__ Vec<V> load(const float* p) {
+    if constexpr (V == 4) {
+        const float4 x = *(const float4*)p;
+        return {{x.x, x.y, x.z, x.w}};
+    } else {
+        return {{*p}};
+    }
+}
+
+template <int V>
+__device__ __forceinline__ Vec<V> load(const u16* p) {
+    if constexpr (V == 4) {
+        const uint2 x = *(const uint2*)p;
+        return {{__uint_as_float(x.x << 16), __uint_as_float(x.x & 0xffff0000u), __uint_as_float(x.y << 16), __uint_as_float(x.y & 0xffff0000u)}};
+    } else {
+        return {{from_bf16(*p)}};
+    }
+}
+
+template <int V>
+__device__ __forceinline__ void store(float* p, const Vec<V>& x) {
+    if constexpr (V == 4) *(float4*)p = make_float4(x[0], x[1], x[2], x[3]);
+    else *p = x[0];
+}
+
+// Two floats as bf16, the first in the low half.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+template <int V>
+__device__ __forceinline__ void store(u16* p, const Vec<V>& x) {
+    if constexpr (V == 4) *(uint2*)p = make_uint2(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]));
+    else *p = to_bf16(x[0]);
+}
+
 #define INF __int_as_float(0x7f800000)
 
 __device__ __forceinline__ float warp_sum(float x) {
