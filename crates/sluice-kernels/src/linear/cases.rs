@@ -58,9 +58,7 @@ fn run_case(check: &mut Check<'_>, case: &Case, dtype: DType, format: DType) {
         for (output, y, bias) in [("y with bias", y, Some(&bias)), ("y", fwd(&x_there, &w_there, None), None)] {
             let want = naive::fwd(&x, &w, bias);
             let allowed = check.allowed(exact(case.n_in), &want, &naive::fwd(&x_r, &w_r, bias), 2.0);
-            // The bias is rounded before it is added.
-            let rounding = check.rounding(y.dtype()) * if bias.is_some() { 2.0 } else { 1.0 };
-            check.compare(output, &y, &want, allowed + rounding);
+            check.compare(output, &y, &want, allowed + check.rounding(y.dtype()));
         }
         let want = naive::fwd(&x, &w, None);
         let allowed = check.allowed(exact(case.n_in), &want, &naive::fwd(&x_r, &w_r, None), 2.0);

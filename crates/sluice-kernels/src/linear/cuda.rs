@@ -9,7 +9,12 @@ use crate::launch::{ColumnSums, activation, factor, output};
 
 /// `y [n_rows, N]`.
 pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, n_rows: usize, w: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    fwd_to(gpu, activation(gpu, [n_rows, w.shape()[0]]), x, w, bias)
+    let shape = [n_rows, w.shape()[0]];
+    match bias {
+        None => fwd_to(gpu, activation(gpu, shape), x, w, None),
+        // cuBLASLt would round the product before it adds a bias to a narrow result.
+        bias => fwd_to(gpu, output(gpu, shape), x, w, bias).to_dtype(gpu.precision().activations()),
+    }
 }
 
 /// The same in f32.

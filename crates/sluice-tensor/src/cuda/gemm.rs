@@ -75,7 +75,7 @@ impl<'a> Mat<'a> {
 pub struct Epilogue<'a> {
     /// Add to what is there instead of overwriting it.
     pub accumulate: bool,
-    /// `[n]`, added to every row.
+    /// `[n]`, added to every row of an f32 result.
     pub bias: Option<&'a Tensor>,
 }
 
@@ -91,6 +91,7 @@ pub fn gemm(a: Mat<'_>, b: Mat<'_>, c: &mut Tensor, offset: usize, row_stride: u
     }
     assert!(row_stride >= n && offset + (m - 1) * row_stride + n <= c.len(), "[{m}, {n}] from {offset} by {row_stride} in {:?}", c.shape());
     if let Some(bias) = epilogue.bias {
+        assert_eq!(c.dtype(), DType::F32, "the result of a product with a bias");
         assert_eq!((bias.shape(), bias.dtype()), (&[n][..], DType::F32), "bias of a product with {n} columns");
     }
     if k == 0 {
@@ -118,9 +119,7 @@ pub fn gemm(a: Mat<'_>, b: Mat<'_>, c: &mut Tensor, offset: usize, row_stride: u
         with_bias: epilogue.bias.is_some(),
         alignment: addresses.map(|address| 1 << address.trailing_zeros().min(8)),
     };
-    // cuBLASLt adds a bias in the format of the result.
-    let bias_there = epilogue.bias.map(|bias| if c.dtype() == DType::Bf16 { bias.rounded() } else { bias.clone() });
-    let bias = bias_there.as_ref().map(Tensor::address);
+    let bias = epilogue.bias.map(Tensor::address);
     or_raise(
         gpu.bind().and_then(|()| gpu.blas.lock().expect("no panic inside a product").run(&gpu, &key, addresses, bias, epilogue.accumulate)),
     );
@@ -258,6 +257,14 @@ impl Plan {
                 Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                 (&raw const workspace).cast(),
                 8,
+            )?;
+            // Sums of parts are added in f32, not in the format of the result, and not by whoever comes first.
+            let reduction = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+            result::set_matmul_pref_attribute(
+                preference,
+                Pref::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                (&raw const reduction).cast(),
+                4,
             )?;
             let [a, b, c] = key.alignment;
             for (attribute, alignment) in [

@@ -1,5 +1,7 @@
 //! `sluice bench train-step`: tokens per second of forward, full backward and AdamW.
 
+use std::path::PathBuf;
+
 use anyhow::{Result, ensure};
 use serde_json::json;
 use sluice_model::train_memory;
@@ -28,6 +30,9 @@ pub(crate) struct Args {
     /// Sequences, instead of the config's
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
+    /// Save the state before the first step, for a peer that starts from the same weights
+    #[arg(long, value_name = "FILE")]
+    save_state: Option<PathBuf>,
     #[command(flatten)]
     device: DeviceArgs,
     /// Print JSON
@@ -40,17 +45,19 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     setup.batch = args.batch.unwrap_or(setup.batch);
     let device = args.device.open()?;
     let (mut trainer, data) = (setup.trainer(args.checkpoint).to(&device), setup.tokens());
+    if let Some(path) = &args.save_state {
+        trainer.save(path)?;
+    }
     // The moments are allocated in the first step; peers get two warm-up steps as well.
-    let first_loss = trainer.step(&data)?.loss;
-    trainer.step(&data)?;
+    let mut reports = vec![trainer.step(&data)?, trainer.step(&data)?];
     memory::reset_peak();
     let waits_before = device.gpu().map(|gpu| gpu.waits());
-    let (mut seconds, mut last_loss) = (Vec::new(), f32::NAN);
     for _ in 0..args.steps.max(1) {
-        let report = trainer.step(&data)?;
-        seconds.push(report.seconds);
-        last_loss = report.loss;
+        reports.push(trainer.step(&data)?);
     }
+    let seconds: Vec<f64> = reports[2..].iter().map(|report| report.seconds).collect();
+    let losses: Vec<f32> = reports.iter().map(|report| report.loss).collect();
+    let (first_loss, last_loss) = (losses[0], losses[losses.len() - 1]);
     let peak = memory::peak_bytes() as u64;
     // The same batch over and over: a step that learns must bring the loss down.
     ensure!(last_loss < first_loss, "the loss went from {first_loss} to {last_loss}: this step does not learn");
@@ -68,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             "{}",
             json!({"device": name, "precision": precision, "waits_per_step": waits_per_step, "engine": "sluice", "config": args.config, "context": setup.context, "batch": setup.batch,
                 "threads": rayon::current_num_threads(), "steps": seconds.len(), "tokens_per_second": median, "seconds": seconds,
-                "first_loss": first_loss, "last_loss": last_loss, "n_params": predicted.parameter_bytes / 4, "checkpoint": args.checkpoint,
+                "first_loss": first_loss, "last_loss": last_loss, "losses": losses, "learning_rates": reports.iter().map(|r| r.lr).collect::<Vec<_>>(), "n_params": predicted.parameter_bytes / 4, "checkpoint": args.checkpoint,
                 "peak_bytes": peak, "predicted_peak_bytes": predicted.peak_bytes, "cpu": cpu_name()})
         );
     } else {
