@@ -25,20 +25,21 @@ KERNEL partial_sums(const act* __restrict__ x, const act* __restrict__ y, const 
     }
 }
 
-// Block c adds up 32 of n columns: its warps (up to 32) take turns on the chunks, then add up in order.
+// Block c adds up 32 of n columns: 8 warps take turns on the chunks, then add up in order.
 KERNEL sum_partials(const float* __restrict__ partial, float* __restrict__ out, u32 n_chunks, u64 n) {
-    __shared__ float sums[32][32];
-    const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5;
+    __shared__ float sums[8][32];
+    const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const u64 i = blockIdx.x * 32ull + lane;
     float sum = 0.f;
     if (i < n) {
 #pragma unroll 4
-        for (u32 k = warp; k < n_chunks; k += n_warps) sum += partial[k * n + i];
+        for (u32 k = warp; k < n_chunks; k += 8) sum += partial[k * n + i];
     }
     sums[warp][lane] = sum;
     __syncthreads();
     if (warp == 0 && i < n) {
-        for (u32 w = 1; w < n_warps; w++) sum += sums[w][lane];
+#pragma unroll
+        for (int w = 1; w < 8; w++) sum += sums[w][lane];
         out[i] = sum;
     }
 }

@@ -118,7 +118,7 @@ pub(crate) fn sum_of_parts(partial: &Tensor, parts: usize, shape: impl Into<Vec<
     assert_eq!(partial.len(), parts * n, "{parts} parts of {n} elements in {:?}", partial.shape());
     let args = [partial.into(), (&mut out).into(), (parts as u32).into(), (n as u64).into()];
     // SAFETY: sizes were checked.
-    unsafe { launch(gpu, &SOURCES[0], "sum_partials", [n.div_ceil(32), 1, 1], 1024, 0, &args) };
+    unsafe { run(gpu, &SOURCES[0], "sum_partials", [n.div_ceil(32) as u32, 1, 1], &args) };
     out
 }
 

@@ -13,15 +13,12 @@ KERNEL adamw_step(float* __restrict__ p, const float* __restrict__ grad, float* 
     }
 }
 
-// In f64: squares of f32 gradients overflow and vanish early. `tensors` holds address and length of each; block (b, i) leaves its
-// share of tensor i in partial[i, b].
-KERNEL sum_of_squares(const u64* __restrict__ tensors, double* __restrict__ partial) {
-    const float* x = (const float*)tensors[2 * blockIdx.y];
-    const u64 n = tensors[2 * blockIdx.y + 1];
+// In f64: squares of f32 gradients overflow and vanish early. Block b leaves its sum in partial[b].
+KERNEL sum_of_squares(const float* __restrict__ x, double* __restrict__ partial, u64 n) {
     double sum = 0.0;
     EACH(i, n) sum += (double)x[i] * (double)x[i];
     sum = block_sum(sum);
-    if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = sum;
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
 KERNEL scale(act* __restrict__ x, float f, u64 n) {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use sluice_tensor::Tensor;
-use sluice_tensor::cuda::{Arg, Gpu, KernelSource, or_raise};
+use sluice_tensor::cuda::{Gpu, KernelSource, or_raise};
 
 use super::Factors;
 use crate::launch::{act_mut, formats, of_format, over_elements, run};
@@ -37,12 +37,12 @@ pub(super) fn step(gpu: &Gpu, param: &mut Tensor, grad: &Tensor, m: &mut Tensor,
 /// Sum of the squares of everything.
 pub(super) fn sum_of_squares(gpu: &Arc<Gpu>, tensors: &[&Tensor]) -> f64 {
     let partial = or_raise(gpu.alloc(tensors.len() * NORM_BLOCKS * 8));
-    let table: Vec<u64> = tensors.iter().flat_map(|x| [x.address(), x.len() as u64]).collect();
-    let table = or_raise(gpu.upload_slice(&table));
-    let args = [Arg::from(&table), Arg::from(&partial)];
-    // SAFETY: the tensors live while the kernel is queued, which is before they are freed in the order of the stream; every one has its
-    // own `NORM_BLOCKS` sums in `partial`, one per block.
-    unsafe { run(gpu, &SOURCES[0], "sum_of_squares", [NORM_BLOCKS as u32, tensors.len() as u32, 1], &args) };
+    for (i, x) in tensors.iter().enumerate() {
+        let slot = partial.address() + (i * NORM_BLOCKS * 8) as u64;
+        let args = [(*x).into(), slot.into(), (x.len() as u64).into()];
+        // SAFETY: every tensor has its own `NORM_BLOCKS` sums in `partial`, one per block.
+        unsafe { run(gpu, &SOURCES[0], "sum_of_squares", [NORM_BLOCKS as u32, 1, 1], &args) };
+    }
     let partial: Vec<f64> = or_raise(gpu.download_slice(&partial));
     partial.chunks(NORM_BLOCKS).map(|sums| sums.iter().sum::<f64>()).sum()
 }
@@ -62,5 +62,5 @@ pub(super) fn scale_by(gpu: &Gpu, t: &mut Tensor, factor: &Tensor) {
 pub(super) fn raise_to_zero(gpu: &Gpu, t: &mut Tensor) {
     let n = t.len();
     // SAFETY: `n` elements.
-    unsafe { run(gpu, &SOURCE, "raise_to_zero", over_elements(n), &[t.into(), (n as u64).into()]) };
+    unsafe { run(gpu, &SOURCES[0], "raise_to_zero", over_elements(n), &[t.into(), (n as u64).into()]) };
 }

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Gpu, KernelSource};
-use sluice_tensor::{DType, Tensor};
 
 use crate::launch::{ROWS, launch, output, over_elements, over_rows, run};
 
@@ -22,8 +22,7 @@ pub(super) fn key_weight(gpu: &Arc<Gpu>, w_o: &Tensor, v: &Tensor, n_heads: usiz
     unsafe { launch(gpu, &SOURCE, "gram", [side, side, n_heads], (TILE * TILE) as u32, 0, &args) };
     let n_rows = b * s;
     let sizes = [n_rows, n_heads, g, d].map(|x| (x as u32).into());
-    let v = v.to_dtype(DType::F32);
-    let args: Vec<_> = [(&v).into(), (&gram).into(), (&mut norms).into()].into_iter().chain(sizes).collect();
+    let args: Vec<_> = [v.into(), (&gram).into(), (&mut norms).into()].into_iter().chain(sizes).collect();
     // SAFETY: shapes as above.
     unsafe { run(gpu, &SOURCE, "quadratic_forms", [n_rows.div_ceil(ROWS as usize) as u32, n_heads as u32, 1], &args) };
     norms

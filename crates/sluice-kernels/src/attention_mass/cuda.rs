@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Gpu, KernelSource, or_raise};
-use sluice_tensor::{DType, Tensor};
 
 use super::Dims;
 use super::cpu::tiles;
@@ -28,7 +28,6 @@ pub(super) fn future_mass(
     power: f32,
     lens: &[usize],
 ) -> Vec<Tensor> {
-    let [q, k] = &[q, k].map(|x| x.to_dtype(DType::F32));
     let &Dims { batch, t, n_heads, n_kv_heads, head_dim } = dims;
     let of_sequence = |b: usize, positions: &[u32]| {
         let n = positions.len();
@@ -72,7 +71,6 @@ pub(super) fn future_mass(
 }
 
 pub(super) fn block_mass(gpu: &Arc<Gpu>, dims: &Dims, [q, k, lse]: [&Tensor; 3], route_every: usize, power: f32, lens: &[usize]) -> Tensor {
-    let [q, k] = &[q, k].map(|x| x.to_dtype(DType::F32));
     let &Dims { batch, t, n_heads, n_kv_heads, head_dim } = dims;
     let n_blocks = t.div_ceil(route_every);
     let lens = or_raise(gpu.upload_slice(&lens.iter().map(|&n| n as u32).collect::<Vec<_>>()));

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Buffer, Gpu, KernelSource, or_raise};
-use sluice_tensor::{DType, Tensor};
 
 use super::Sums;
 use crate::launch::{launch, output, over_rows, run};
@@ -14,7 +14,6 @@ const SOURCE: KernelSource = KernelSource { name: "ridge", code: include_str!("r
 const TILE: usize = 32;
 
 pub(super) fn add(gpu: &Arc<Gpu>, sums: &Buffer, x: &Tensor, eps: f32, positions: &[u32], y: &Tensor) {
-    let x = &x.to_dtype(DType::F32);
     let (m, g, n) = (x.last_dim(), y.last_dim(), positions.len());
     let width = m + 1 + g;
     assert_eq!(sums.bytes(), width * width * 8, "sums of {m} inputs and {g} labels");
