@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use sluice_model::Policy;
 use sluice_spec::ModelConfig;
-use sluice_tensor::Device;
 use sluice_tensor::cuda::{Gpu, Libraries, Options, Precision, list};
+use sluice_tensor::{DType, Device};
 
 /// Where to compute: the options that commands with a GPU path share.
 #[derive(clap::Args, Clone, Debug)]
@@ -14,7 +14,7 @@ pub(crate) struct DeviceArgs {
     /// `cpu`, `cuda`, `cuda:N`, or `auto`: the first GPU if there is a usable one
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: String,
-    /// Factors of matrix products on a GPU; sums, norms, gates, losses and master weights are f32 [auto: bf16]
+    /// Factors of matrix products on a GPU, with bf16 activations too; sums, norms, gates, losses and master weights are f32 [auto: bf16]
     #[arg(long, default_value = "auto", value_name = "FORMAT", value_parser = ["auto", "bf16", "tf32", "f32"])]
     pub(crate) precision: String,
 }
@@ -24,7 +24,9 @@ impl DeviceArgs {
     pub(crate) fn open(&self) -> Result<Device> {
         let device = open(&self.device, precision(&self.precision))?;
         if let Device::Cuda(gpu) = &device {
-            eprintln!("{gpu:?}, {}: factors of matrix products in {}, everything else in f32", gpu.arch(), gpu.precision().name());
+            let precision = gpu.precision();
+            let activations = if precision.activations() == DType::Bf16 { " and activations" } else { "" };
+            eprintln!("{gpu:?}, {}: factors of matrix products{activations} in {}, everything else in f32", gpu.arch(), precision.name());
         } else {
             ensure!(
                 matches!(self.precision.as_str(), "auto" | "f32"),
