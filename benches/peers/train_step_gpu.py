@@ -9,9 +9,11 @@ the two curves of losses are apart.
 
 import argparse
 import json
+import os
 import statistics
 import struct
 import subprocess
+import tempfile
 import time
 
 import torch
@@ -107,7 +109,7 @@ def main():
     torch.set_float32_matmul_precision("high")
     results = []
     for t, b in [SHAPES[i] for i in args.shapes]:
-        state = "/tmp/sluice_train_step.safetensors"
+        state = os.path.join(tempfile.gettempdir(), "sluice_train_step.safetensors")
         row = dict(context=t, batch=b, sluice=run_sluice(args.sluice, t, b, args.steps, state))
         ours = row["sluice"]
         print(f"T {t} batch {b}: sluice {ours['tokens_per_second']:.0f} tokens/s, peak {ours['peak_bytes'] / 1e9:.1f} GB", flush=True)

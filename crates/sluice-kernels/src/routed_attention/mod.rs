@@ -145,7 +145,8 @@ fn check_on_gpu(op: &str, q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<GateB
     dims
 }
 
-/// The `dscores` of [`bwd`] alone, at two fifths of its products: for training gates while everything else is frozen.
+/// The `dscores` of [`bwd`] alone, on a CPU at two fifths of its products: for training gates while everything else is frozen.
+/// On a GPU it takes all of them.
 #[track_caller]
 pub fn bwd_scores(
     dout: &Tensor,
