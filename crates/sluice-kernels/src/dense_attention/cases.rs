@@ -95,22 +95,26 @@ pub(crate) fn run(check: &mut Check<'_>) {
                 *factor = check.factor(factor);
             }
         }
-        // Weights and results have 8 bits there, and a few weights are near 1.
-        let rounded = if on_tensor_cores { 1.0 / 64.0 } else { 0.0 };
         let [q, k, v, dout] = [&x.q, &x.k, &x.v, &x.dout].map(|t| check.put(t));
         let (o, lse) = if start == WHOLE { fwd_bidirectional(&q, &k, &v, &x.lens) } else { fwd(&q, &k, &v, start, &x.lens) };
         let (want_o, want_lse) = naive::fwd(&x.q, &x.k, &x.v, start, &x.lens);
-        check.compare("o", &o, &want_o, 2e-5 + rounded / 2.0);
         check.compare("lse", &lse, &want_lse, if on_tensor_cores { 1e-4 } else { 1e-5 });
         let backward = || match start {
             WHOLE => bwd_bidirectional(&dout, &q, &k, &v, &o, &lse, &x.lens),
             _ => bwd(&dout, &q, &k, &v, &o, &lse, start, &x.lens),
         };
         let (dq, dk, dv) = backward();
-        let (want_dq, want_dk, want_dv) = naive::bwd(&x.dout, &x.q, &x.k, &x.v, start, &x.lens);
-        check.compare("dq", &dq, &want_dq, 5e-5 + rounded);
-        check.compare("dk", &dk, &want_dk, 5e-5 + rounded);
-        check.compare("dv", &dv, &want_dv, 5e-5 + rounded);
+        let (want, allowed) = if on_tensor_cores {
+            // The twin rounds where tensor cores do, so what is left are factors and results that lie near the middle of two
+            // numbers and go the other way.
+            (naive::rounded(&x.dout, &x.q, &x.k, &x.v, start, &x.lens), [1.0 / 256.0, 1.0 / 128.0])
+        } else {
+            let (dq, dk, dv) = naive::bwd(&x.dout, &x.q, &x.k, &x.v, start, &x.lens);
+            ([want_o, dq, dk, dv], [2e-5, 5e-5])
+        };
+        for ((output, got), want) in [("o", &o), ("dq", &dq), ("dk", &dk), ("dv", &dv)].into_iter().zip(&want) {
+            check.compare(output, got, want, allowed[usize::from(output != "o")]);
+        }
         let again = backward();
         let same = [(&dq, &again.0), (&dk, &again.1), (&dv, &again.2)].into_iter().all(|(a, b)| same_bits(a, b));
         check.require("the same bits again", same);

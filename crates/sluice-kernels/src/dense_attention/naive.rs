@@ -74,3 +74,35 @@ fn at(x: &Tensor, b: usize, i: usize, head: usize) -> &[f32] {
 fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| a as f64 * b as f64).sum()
 }
+
+/// [`fwd`] and [`bwd`] with the roundings of tensor cores, in f64 otherwise: what was a factor of a product and what is stored
+/// has the 8 bits of bf16. Weights are rounded relative to the largest of their query; the mean that the gradient of the
+/// softmax takes off comes from the stored result. `(o, dq, dk, dv)`.
+pub fn rounded(dout: &Tensor, q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens: &[usize]) -> [Vec<f64>; 4] {
+    let round = |x: f64| half::bf16::from_f64(x).to_f64();
+    let [_, n_rows, n_heads, d] = q.dims();
+    let [_, s, n_kv, _] = k.dims();
+    let scale = 1.0 / (d as f64).sqrt();
+    let [mut o, mut dq, mut dk, mut dv] = [q, q, k, v].map(|x| vec![0.0; x.len()]);
+    for_each_query(q, k, start, lens, |b, t, h, g, weights, _| {
+        let (q_row, dout_row) = (at(q, b, t, h), at(dout, b, t, h));
+        let query_at = ((b * n_rows + t) * n_heads + h) * d;
+        let key_at = |j: usize| ((b * s + j) * n_kv + g) * d;
+        let largest = weights.iter().copied().fold(0.0, f64::max);
+        for (j, a) in weights.iter().enumerate() {
+            let a = round(a / largest) * largest;
+            (0..d).for_each(|i| o[query_at + i] += a * v.f32()[key_at(j) + i] as f64);
+        }
+        o[query_at..][..d].iter_mut().for_each(|o| *o = round(*o));
+        let mean: f64 = o[query_at..][..d].iter().zip(dout_row).map(|(o, dout)| o * *dout as f64).sum();
+        for (j, a) in weights.iter().enumerate() {
+            let dz = round(a * (dot(dout_row, at(v, b, j, g)) - mean));
+            for i in 0..d {
+                dq[query_at + i] += scale * dz * k.f32()[key_at(j) + i] as f64;
+                dk[key_at(j) + i] += scale * dz * q_row[i] as f64;
+                dv[key_at(j) + i] += round(*a) * dout_row[i] as f64;
+            }
+        }
+    });
+    [o, dq, dk, dv].map(|x| x.into_iter().map(round).collect())
+}

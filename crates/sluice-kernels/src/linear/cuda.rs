@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Epilogue, Gpu, Mat, gemm};
+use sluice_tensor::{DType, Tensor};
 
 use crate::launch::{ColumnSums, activation, factor, output};
 
@@ -43,8 +43,13 @@ pub(super) fn bwd_input(gpu: &Arc<Gpu>, before: Option<Tensor>, dy: &Tensor, n_r
     let w = &factor(gpu, w);
     let epilogue = Epilogue { accumulate: before.is_some(), bias: None };
     let mut dx = before.unwrap_or_else(|| activation(gpu, [n_rows, n_in]));
+    let format = dx.dtype();
+    if n_rows == 1 && epilogue.accumulate {
+        // For a single row cuBLASLt rounds the product before it adds to a narrow result.
+        dx = dx.to_dtype(DType::F32);
+    }
     gemm(Mat::new(dy, n_rows, n_out), Mat::new(w, n_out, n_in), &mut dx, 0, n_in, epilogue);
-    dx
+    dx.to_dtype(format)
 }
 
 /// `dw [N, K]`.
