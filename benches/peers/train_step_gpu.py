@@ -1,9 +1,10 @@
 """Training SmolLM2-135M on one GPU: Sluice beside torch.compile (bf16 autocast, cuDNN attention, fused AdamW) in the same call.
 
-    python benches/peers/train_step_gpu.py --sluice target/release/sluice --commit ID --out benches/results/train_step_gpu.json
+    python benches/peers/train_step_gpu.py --sluice target/release/sluice --tokens tokens.u16 --commit ID --out benches/results/train_step_gpu.json
 
-For every shape Sluice runs `--steps` steps and saves the weights that it began with; PyTorch begins with the same weights and tokens, at the
-same learning rates, clipped and decayed alike. Prints tokens/s (median after two steps), peak memory of tensors, and how far
+Three rows: T = 4096, batch 8, dense; T = 32768, batch 1, routed (`--routed`, the `default` budget) beside dense attention in PyTorch; and with `--tokens`
+the losses of T = 4096, batch 8, where every step has the next tokens of that file (little-endian u16). Where both are dense, PyTorch begins with the weights that Sluice
+began with and has the same tokens and learning rates, clipped and decayed alike. Prints tokens/s (median after two steps), peak memory of tensors, and how far
 the two curves of losses are apart.
 """
 
@@ -19,7 +20,12 @@ import time
 import torch
 from train_step_torch import CONFIGS, Decoder
 
-SHAPES = [(4096, 8), (32768, 1)]
+# Context, batch, routed, fresh batches, steps of ours and of theirs.
+ROWS = {
+    "speed": (4096, 8, False, False, 20, 20),
+    "long": (32768, 1, True, False, 12, 6),
+    "losses": (4096, 8, False, True, 50, 50),
+}
 MASK = 2**64 - 1
 
 
@@ -55,22 +61,27 @@ def renamed(name):
     return {"embed_tokens.weight": "embed.weight", "norm.weight": "norm.weight"}[name]
 
 
-def run_sluice(binary, t, b, steps, state, precision="bf16"):
+def run_sluice(binary, t, b, steps, state, routed, tokens, precision="bf16"):
     command = [binary, "bench", "train-step", "--config", "135m", "--context", str(t), "--batch", str(b), "--steps", str(steps - 2), "--device", "cuda",
                "--precision", precision, "--json", "--save-state", state]
+    command += (["--routed"] if routed else []) + (["--fresh-batches", tokens] if tokens else [])
     print("$", *command, flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
-def run_torch(t, b, rates, state, compiled=True):
+def run_torch(t, b, rates, state, stream=None, compiled=True):
     c = CONFIGS["135m"] | dict(T=t, B=b)
     torch.manual_seed(0)
     model = Decoder(c)
-    left = model.load_state_dict({renamed(name): tensor for name, tensor in load_state(state).items()}, strict=False)
+    weights = {renamed(name): tensor for name, tensor in load_state(state).items() if not name.startswith("sluice.")}
+    left = model.load_state_dict(weights, strict=False)
     assert not left.unexpected_keys and all(k in ("cos", "sin") for k in left.missing_keys), left
     model = model.cuda()
-    tokens = torch.tensor([[mix(row, i) % c["V"] for i in range(t + 1)] for row in range(b)], device="cuda")
+    if stream is None:
+        tokens = torch.tensor([[mix(row, i) % c["V"] for i in range(t + 1)] for row in range(b)], device="cuda")
+    else:
+        stream = torch.frombuffer(bytearray(open(stream, "rb").read()), dtype=torch.uint16).to(torch.int64).cuda()
     of_dim = lambda test: [p for p in model.parameters() if test(p.dim())]
     groups = [dict(params=of_dim(lambda d: d >= 2), weight_decay=0.01), dict(params=of_dim(lambda d: d < 2), weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=rates[0], betas=(0.9, 0.95), eps=1e-8, fused=True)
@@ -80,6 +91,9 @@ def run_torch(t, b, rates, state, compiled=True):
     for i, rate in enumerate(rates):
         if i == 2:
             torch.cuda.reset_peak_memory_stats()
+        if stream is not None:
+            begins = [(i * b + row) * t for row in range(b)]
+            tokens = torch.stack([stream[begin : begin + t + 1] for begin in begins])
         torch.cuda.synchronize()
         start = time.perf_counter()
         for group in optimizer.param_groups:
@@ -100,31 +114,38 @@ def run_torch(t, b, rates, state, compiled=True):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--sluice", required=True)
-    p.add_argument("--steps", type=int, default=50)
-    p.add_argument("--shapes", type=int, nargs="+", default=[0, 1], help=f"which of {SHAPES}, as context and batch")
+    p.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    p.add_argument("--tokens", help="stream of token ids for the row of losses, little-endian u16")
     p.add_argument("--eager", action="store_true", help="PyTorch without torch.compile")
     p.add_argument("--commit", default="unknown")
     p.add_argument("--out")
     args = p.parse_args()
     torch.set_float32_matmul_precision("high")
     results = []
-    for t, b in [SHAPES[i] for i in args.shapes]:
+    for name in args.rows:
+        t, b, routed, fresh, steps, their_steps = ROWS[name]
+        stream = args.tokens if fresh else None
+        if fresh and stream is None:
+            print(f"{name}: left out, there is no --tokens", flush=True)
+            continue
         state = os.path.join(tempfile.gettempdir(), "sluice_train_step.safetensors")
-        row = dict(context=t, batch=b, sluice=run_sluice(args.sluice, t, b, args.steps, state))
+        row = dict(row=name, context=t, batch=b, routed=routed, fresh_batches=fresh)
+        row["sluice"] = run_sluice(args.sluice, t, b, steps, state, routed, stream)
         ours = row["sluice"]
         print(f"T {t} batch {b}: sluice {ours['tokens_per_second']:.0f} tokens/s, peak {ours['peak_bytes'] / 1e9:.1f} GB", flush=True)
         try:
-            theirs = row["torch"] = run_torch(t, b, ours["learning_rates"], state, not args.eager)
+            theirs = row["torch"] = run_torch(t, b, ours["learning_rates"][:their_steps], state, stream, not args.eager)
         except Exception as e:  # The other figures are worth having.
             print("torch failed:", repr(e)[:500], flush=True)
             results.append(row)
             continue
         torch.cuda.empty_cache()
         row["ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
-        row["losses_apart"] = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"]))
-        print(f"T {t} batch {b}: torch  {theirs['tokens_per_second']:.0f} tokens/s, peak {theirs['peak_bytes'] / 1e9:.1f} GB; ratio {row['ratio']:.2f}; losses at most "
-              f"{row['losses_apart']:.4f} apart; step: ours, theirs: "
-              + "; ".join(f"{i + 1}: {ours['losses'][i]:.4f}, {theirs['losses'][i]:.4f}" for i in sorted({0, 1, 4, 9, 19, 29, 39, args.steps - 1}) if i < args.steps), flush=True)
+        print(f"T {t} batch {b}: torch  {theirs['tokens_per_second']:.0f} tokens/s, peak {theirs['peak_bytes'] / 1e9:.1f} GB; ratio {row['ratio']:.2f}", flush=True)
+        if not routed:
+            row["losses_apart"] = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"]))
+            print(f"losses at most {row['losses_apart']:.4f} apart; step: ours, theirs: " + "; ".join(
+                f"{i + 1}: {ours['losses'][i]:.4f}, {theirs['losses'][i]:.4f}" for i in sorted({0, 1, 4, 9, 19, 29, 39, steps - 1}) if i < steps), flush=True)
         results.append(row)
     if args.out:
         record = dict(what="training step of SmolLM2-135M: forward, backward, clipping, AdamW", commit=args.commit, device=torch.cuda.get_device_name(),

@@ -1,12 +1,14 @@
-//! Training a dense decoder from random weights, in phases of growing context.
+//! Training a decoder from random weights, in phases of growing context: dense, or with gates and routed attention.
 //! Knows nothing about where its batches come from: each is a function of the step.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use sluice_autograd::Tape;
+use sluice_kernels::adamw;
 use sluice_model::{AttentionPlan, Decoder, Forward};
 use sluice_spec::ModelConfig;
 use sluice_tensor::Device;
@@ -131,6 +133,8 @@ pub struct Pretrainer {
     pub model: Decoder,
     /// The run.
     pub config: TrainConfig,
+    /// Attention of every layer: dense, unless somebody gives the model gates and asks for more.
+    pub attention: AttentionPlan,
     /// Next step.
     pub step: u64,
     optimizer: Optimizer,
@@ -174,7 +178,7 @@ impl Pretrainer {
     pub fn new(config: TrainConfig) -> Self {
         let mut model = Decoder::random(&config.model, config.seed);
         model.set_trainable(|_| true);
-        Self { model, config, step: 0, optimizer: Optimizer::default() }
+        Self { model, config, attention: AttentionPlan::dense(), step: 0, optimizer: Optimizer::default() }
     }
 
     /// Go on on another device.
@@ -219,7 +223,7 @@ impl Pretrainer {
         let started = Instant::now();
         let tape = Tape::recording();
         let options = Forward { checkpoint: self.config.checkpoint, keep_layers: false };
-        let hidden = self.model.forward(&tape, &batch.tokens, &batch.lens, &AttentionPlan::dense(), options);
+        let hidden = self.model.forward(&tape, &batch.tokens, &batch.lens, &self.attention, options);
         let h = tape.reshape(&hidden.h, [batch.tokens.len(), self.config.model.d_model]);
         let sum: f32 = batch.weights.iter().sum();
         let weights: Vec<f32> = batch.weights.iter().map(|w| w / sum.max(1e-6)).collect();
@@ -231,6 +235,10 @@ impl Pretrainer {
         let grad_norm = self.optimizer.apply(self.model.params_mut(), &mut grads, c, |_| lr);
         if !grad_norm.is_finite() {
             bail!("the gradient of step {} is not finite; lower the learning rate", self.step);
+        }
+        // A negative slope would prefer the past more the longer it is gone, and the order of keys would not be static.
+        for gate in self.model.layers.iter_mut().filter_map(|layer| Arc::make_mut(layer).gate.as_mut()) {
+            adamw::raise_to_zero(&mut gate.recency.value);
         }
         let answers: Vec<f32> = batch.weights.iter().zip(&parts.nll).filter(|(w, _)| **w > 1.0).map(|(_, nll)| *nll).collect();
         let answer_loss = (!answers.is_empty()).then(|| answers.iter().sum::<f32>() / answers.len() as f32);

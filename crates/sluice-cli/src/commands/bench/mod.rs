@@ -15,7 +15,7 @@ use engine::Pass;
 pub(crate) enum Command {
     /// Dense and routed attention by context: time, peak memory, fitted exponent
     Attention(attention::Args),
-    /// Tokens per second of a training step of a dense decoder
+    /// Tokens per second of a training step of a decoder, dense or routed
     TrainStep(train_step::Args),
     /// Peak memory of a training step with and without checkpoints, beside the cost model
     TrainMemory(train_memory::Args),
