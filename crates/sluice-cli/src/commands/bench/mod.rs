@@ -2,6 +2,7 @@
 
 mod attention;
 mod engine;
+mod floor;
 mod train_config;
 mod train_memory;
 mod train_step;
