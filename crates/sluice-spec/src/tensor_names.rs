@@ -26,3 +26,20 @@ pub fn gate_bias(layer: usize) -> String {
 pub fn gate_recency(layer: usize) -> String {
     format!("sluice.layers.{layer}.gate.recency")
 }
+
+/// Names of an encoder of the BERT family.
+pub mod bert {
+    /// `[V, M]`.
+    pub const WORDS: &str = "embeddings.word_embeddings.weight";
+    /// `[max_seq_len, M]`.
+    pub const POSITIONS: &str = "embeddings.position_embeddings.weight";
+    /// `[n_types, M]`.
+    pub const TYPES: &str = "embeddings.token_type_embeddings.weight";
+    /// Norm of the embeddings, to which `.weight` and `.bias` are added, `[M]` each.
+    pub const NORM: &str = "embeddings.LayerNorm";
+
+    /// A tensor of layer `layer`, for instance `of_layer(3, "attention.self.query.weight")`.
+    pub fn of_layer(layer: usize, part: &str) -> String {
+        format!("encoder.layer.{layer}.{part}")
+    }
+}

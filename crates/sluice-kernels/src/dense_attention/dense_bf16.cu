@@ -1,4 +1,4 @@
-// Dense causal attention on tensor cores: factors bf16, sums and softmax f32. Follows attention_tile/tile.cuh.
+// Dense attention on tensor cores: factors bf16, sums and softmax f32. Follows attention_tile/tile.cuh.
 //
 // A row is one query of one head; rows of a KV head are ordered by query, then head, so that a tile of rows meets every key
 // once for all heads that share it, and only its last steps are masked. Copies run a step ahead of the products, the first
@@ -6,7 +6,8 @@
 // section 3.2). Gradients of keys keep 64 keys a warpgroup in place and visit the queries that see them, head after head.
 // No atomics: every sum has one order.
 //
-// Query `i` stands at position `start + i`; keys are numbered by position. Grid: x = sequences times KV heads, y = tiles, the
+// Query `i` stands at position `start + i`; keys are numbered by position. With `start` = WHOLE (an encoder, forward only) every query sees
+// every valid key. Grid: x = sequences times KV heads, y = tiles, the
 // longest first. Tiles of no valid query write zeros.
 
 constexpr int KEYS = 64;
@@ -16,6 +17,9 @@ constexpr int KEY_TILE = KEYS * D * 2;
 constexpr int FWD_WARPGROUPS = D == 64 ? 2 : 3, FWD_CTAS = D == 64 ? 2 : 1;
 constexpr int DQ_WARPGROUPS = 1, DQ_CTAS = D == 64 ? 3 : 2;
 constexpr int DKV_WARPGROUPS = 1, DKV_CTAS = D == 64 ? 3 : 2;
+
+// As `start`: larger than any position.
+constexpr int WHOLE = 1 << 30;
 
 struct Sizes {
     int T, S, G, start;
@@ -37,13 +41,13 @@ struct Place {
         first = (gridDim.y - 1 - blockIdx.y) * ROWS;
         n_padded = min(ROWS, size.T * size.group.n - first);
         n_rows = min(ROWS, lens[b] * size.group.n - first);
-        n_keys = position(n_rows - 1) + 1;
+        n_keys = min(position(n_rows - 1) + 1, size.start == WHOLE ? lens[b] : WHOLE);
     }
     __device__ __forceinline__ int position(int row) const { return size.start + size.group.quotient(first + row); }
     // Last key that a row sees; all of them for a row that is padding.
-    __device__ __forceinline__ int last_key(int row) const { return row < n_rows ? position(row) : n_keys - 1; }
+    __device__ __forceinline__ int last_key(int row) const { return row < n_rows ? min(position(row), n_keys - 1) : n_keys - 1; }
     // Steps before this one are not masked.
-    __device__ __forceinline__ int first_masked() const { return (position(0) + 1) / KEYS; }
+    __device__ __forceinline__ int first_masked() const { return min(position(0) + 1, n_keys) / KEYS; }
     __device__ __forceinline__ u32 at(int row) const { return size.group.at(b, size.T, size.G, g, first + row); }
     __device__ __forceinline__ u32 row_to_load(int row) const { return at(min(row, n_rows - 1)); }
     // A step's key; behind the last one that is seen that one again.

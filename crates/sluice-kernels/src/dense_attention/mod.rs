@@ -9,7 +9,8 @@
 //! valid query sees are never read. Time is quadratic in `T`, memory linear.
 //!
 //! On a GPU: in precision bf16 (or for tensors in bf16) heads of 64 and 128 run on tensor cores, factors of products rounded to bf16 and
-//! results in the format of `q`; everything else in f32 on the plain cores.
+//! results in the format of `q`. An encoder's forward pass with heads of 32 or 64 otherwise has factors rounded to TF32, unless the precision is f32. Everything else is
+//! f32 on the plain cores, gradients of an encoder's attention among it.
 
 pub(crate) mod cases;
 mod cpu;
@@ -18,6 +19,7 @@ pub mod naive;
 mod tensor_cores;
 #[cfg(test)]
 mod tests;
+mod whole_tf32;
 
 use sluice_tensor::Tensor;
 

@@ -3,7 +3,7 @@
 use sluice_tensor::{DType, Tensor};
 use sluice_testkit::Rng;
 
-use super::{bwd, fwd, naive};
+use super::{bwd, fwd, fwd_sum, naive};
 use crate::selftest::Check;
 
 /// `(tokens, vocabulary, width)`.
@@ -24,5 +24,16 @@ pub(crate) fn run(check: &mut Check<'_>) {
         bwd(&check.put(&dy), &tokens, &mut dtable);
         let want: Vec<f64> = naive::bwd(&dy, &tokens, vocab).into_iter().map(|x| x + 10.0).collect();
         check.compare("dtable added to what was there", &dtable, &want, 1e-5);
+    }
+    for (n, sizes, m) in [(0, [5, 4, 2], 3), (1, [1, 1, 1], 1), (70, [100, 63, 2], 300)] {
+        check.case("embedding", format!("{n} sums of {sizes:?} by {m}"));
+        let mut rng = Rng::new(4);
+        let tables = sizes.map(|vocab| rng.normal_tensor([vocab, m]));
+        let rows = sizes.map(|vocab| (0..n).map(|_| rng.below(vocab) as u32).collect::<Vec<_>>());
+        let there = [0, 1, 2].map(|i| check.put(&tables[i]));
+        let y = fwd_sum([&rows[0], &rows[1], &rows[2]], [&there[0], &there[1], &there[2]]);
+        let [a, b, c] = [0, 1, 2].map(|i| naive::fwd(&rows[i], &tables[i]));
+        let want: Vec<f64> = a.iter().zip(&b).zip(&c).map(|((a, b), c)| a + b + c).collect();
+        check.compare("y", &y, &want, 1e-6);
     }
 }

@@ -21,6 +21,18 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, tokens: &[u32], table: &Tensor) -> Tensor {
     y
 }
 
+pub(super) fn fwd_sum(gpu: &Arc<Gpu>, rows: [&[u32]; 3], tables: [&Tensor; 3]) -> Tensor {
+    let [_, m] = tables[0].dims();
+    let n = rows[0].len();
+    let ids = or_raise(gpu.upload_slice(&rows.concat()));
+    let mut y = output(gpu, [n, m]);
+    let [words, positions, types] = tables;
+    let args = [(&ids).into(), words.into(), positions.into(), types.into(), (&mut y).into(), (n as u32).into(), (m as u32).into()];
+    // SAFETY: the caller checked that every id is a row of its table.
+    unsafe { run(gpu, &SOURCE, "embedding_sum", [n as u32, 1, 1], &args) };
+    y
+}
+
 pub(super) fn bwd(gpu: &Arc<Gpu>, dy: &Tensor, tokens: &[u32], dtable: &mut Tensor) {
     let [_, m] = dtable.dims();
     let mut order: Vec<u32> = (0..tokens.len() as u32).collect();

@@ -9,6 +9,7 @@ mod tests;
 use half::slice::HalfFloatSliceExt;
 use sluice_tensor::{DType, Tensor};
 
+use crate::add;
 use crate::row_chunks::{for_each_chunk, rows_per_chunk};
 use crate::vector_math;
 
@@ -32,6 +33,26 @@ pub fn fwd(tokens: &[u32], table: &Tensor) -> Tensor {
         }
     });
     Tensor::from_vec(y, [tokens.len(), m])
+}
+
+/// `[n, M]`: the sum of a row of each of three tables (words, positions, types of segments), f32; for inference.
+#[track_caller]
+pub fn fwd_sum(rows: [&[u32]; 3], tables: [&Tensor; 3]) -> Tensor {
+    let n = rows[0].len();
+    let [_, m] = tables[0].dims();
+    for (rows, table) in rows.iter().zip(tables) {
+        let [vocab, m_table] = table.dims();
+        assert!(rows.len() == n && m_table == m, "embedding: {} rows of {:?} added to {n} rows of {m}", rows.len(), table.shape());
+        check_tokens(rows, vocab);
+    }
+    if let Some(gpu) = tables[0].gpu() {
+        return cuda::fwd_sum(gpu, rows, tables);
+    }
+    let mut y = fwd(rows[0], tables[0]);
+    for (rows, table) in rows.iter().zip(tables).skip(1) {
+        add::assign(&mut y, &fwd(rows, table));
+    }
+    y
 }
 
 /// Adds the gradient of the table to `dtable [V, M]`. Only rows of tokens that occur are touched: a table of its own,

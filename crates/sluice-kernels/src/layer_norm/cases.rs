@@ -1,8 +1,9 @@
 //! The case list of [`selftest`](crate::selftest).
 
+use sluice_tensor::Tensor;
 use sluice_testkit::Rng;
 
-use super::{bwd, fwd, naive};
+use super::{bwd, fwd, fwd_residual, naive};
 use crate::selftest::Check;
 
 const EPS: f32 = 1e-5;
@@ -27,5 +28,19 @@ pub(crate) fn run(check: &mut Check<'_>) {
         check.compare("dx", &dx, &want_dx, 1e-5);
         check.compare("dweight", &dw, &want_dw, 2e-5);
         check.compare("dbias", &db, &want_db, 2e-5);
+    }
+    for (rows, m) in [(0, 63), (1, 4), (63, 100), (5, 63), (9, 384), (33, 1024), (3, 1028), (2, 4096), (4, 0)] {
+        for format in check.activations() {
+            check.case("layer_norm", format!("[{rows}, {m}] {format:?} of a sum"));
+            let mut rng = Rng::new(2);
+            let (x, r) = (rng.normal_tensor([rows, m]), rng.normal_tensor([rows, m]));
+            let (added, w, b) = (rng.normal_tensor([m]), rng.normal_tensor([m]), rng.normal_tensor([m]));
+            let ((x, x_there), (r, r_there)) = (check.put_as(&x, format), check.put_as(&r, format));
+            let [added_there, w_there, b_there] = [&added, &w, &b].map(|t| check.put(t));
+            let y = fwd_residual(&x_there, &added_there, &r_there, &w_there, &b_there, EPS);
+            let sum = x.f32().iter().zip(r.f32()).enumerate().map(|(i, (x, r))| x + added.f32()[i % m] + r).collect();
+            let (want, ..) = naive::fwd(&Tensor::from_vec(sum, [rows, m]), &w, &b, EPS);
+            check.compare("y", &y, &want, 5e-6 + check.rounding(y.dtype()));
+        }
     }
 }

@@ -5,9 +5,39 @@ use std::sync::Arc;
 use sluice_tensor::cuda::{Gpu, KernelSource};
 use sluice_tensor::{DType, Tensor};
 
-use crate::launch::{ColumnSums, output, over_rows, run};
+use crate::launch::{ColumnSums, act, act_mut, formats, of_format, output, over_rows, run};
 
 const SOURCE: KernelSource = KernelSource { name: "layer_norm", code: include_str!("layer_norm.cu") };
+
+static RESIDUAL: [KernelSource; 2] = formats!("layer_norm_residual", "residual.cu");
+
+pub(super) fn fwd_residual(
+    gpu: &Arc<Gpu>,
+    x: &Tensor,
+    added: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f32,
+) -> Tensor {
+    let (m, n_rows) = (x.last_dim(), x.n_rows());
+    assert_eq!(x.dtype(), residual.dtype(), "formats of a sum that is normalised");
+    let mut y = Tensor::empty_on(gpu, x.shape(), x.dtype());
+    let args = [
+        act(x),
+        added.into(),
+        act(residual),
+        weight.into(),
+        bias.into(),
+        act_mut(&mut y),
+        (n_rows as u32).into(),
+        (m as u32).into(),
+        eps.into(),
+    ];
+    // SAFETY: all three have `n_rows` rows of `m`, the vectors `m` (checked by the caller).
+    unsafe { run(gpu, of_format(&RESIDUAL, x.dtype()), "layer_norm_residual", over_rows(n_rows), &args) };
+    y
+}
 
 pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> (Tensor, Tensor, Tensor) {
     let (m, n_rows) = (x.last_dim(), x.n_rows());

@@ -10,7 +10,7 @@ mod tests;
 use sluice_tensor::Tensor;
 
 use crate::row_chunks::{for_each_chunk, for_each_chunk_pair, rows_per_chunk, sum_over_rows};
-use crate::vector_math::{LANES, add_lanes, sum, vectorised};
+use crate::vector_math::{LANES, add_assign, add_lanes, sum, vectorised};
 
 /// `(y [.., M], mean [rows], 1 / sqrt(var + eps) [rows])`.
 #[track_caller]
@@ -39,6 +39,41 @@ pub fn fwd(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> (Tensor, Ten
     });
     let (mean, inv_std) = moments.into_iter().unzip();
     (Tensor::from_vec(y, x.shape()), Tensor::from_vec(mean, [n_rows]), Tensor::from_vec(inv_std, [n_rows]))
+}
+
+/// [`fwd`] of `x + added + residual`, for inference: `x`, `residual [.., M]`, `added [M]` (the bias of the layer that made `x`). On a GPU `x` and
+/// `residual` have one format, in which the result is.
+#[track_caller]
+pub fn fwd_residual(x: &Tensor, added: &Tensor, residual: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Tensor {
+    let m = x.last_dim();
+    assert!(
+        x.shape() == residual.shape() && [added, weight, bias].iter().all(|t| t.shape() == [m]),
+        "layer_norm of x {:?} and residual {:?} with a vector {:?}, weight {:?} and bias {:?}",
+        x.shape(),
+        residual.shape(),
+        added.shape(),
+        weight.shape(),
+        bias.shape()
+    );
+    if let Some(gpu) = x.gpu() {
+        return cuda::fwd_residual(gpu, x, added, residual, weight, bias, eps);
+    }
+    let (xs, rs, added, w, b) = (x.f32(), residual.f32(), added.f32(), weight.f32(), bias.f32());
+    let mut y = vec![0.0; xs.len()];
+    let rows = rows_per_chunk(m);
+    for_each_chunk(&mut y, rows * m.max(1), |chunk, y| {
+        let mut sum_of_three = vec![0.0; m];
+        for (i, y) in y.chunks_exact_mut(m).enumerate() {
+            let row = (chunk * rows + i) * m..(chunk * rows + i + 1) * m;
+            sum_of_three.copy_from_slice(&xs[row.clone()]);
+            add_assign(&mut sum_of_three, added);
+            add_assign(&mut sum_of_three, &rs[row]);
+            let mean = sum(&sum_of_three) / m as f32;
+            let inv_std = 1.0 / (sum_of_squares(&sum_of_three, mean) / m as f32 + eps).sqrt();
+            normalise(&sum_of_three, mean, inv_std, w, b, y);
+        }
+    });
+    Tensor::from_vec(y, x.shape())
 }
 
 /// `(dx, dweight, dbias)`.

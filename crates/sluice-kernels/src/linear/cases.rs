@@ -3,7 +3,7 @@
 use sluice_tensor::DType;
 use sluice_testkit::Rng;
 
-use super::{bwd_bias, bwd_input, bwd_input_onto, bwd_weight, fwd, fwd_f32, naive};
+use super::{bwd_bias, bwd_input, bwd_input_onto, bwd_weight, fwd, fwd_f32, fwd_narrow_bias, naive};
 use crate::selftest::Check;
 
 struct Case {
@@ -61,6 +61,13 @@ fn run_case(check: &mut Check<'_>, case: &Case, dtype: DType, format: DType) {
             check.compare(output, &y, &want, allowed + check.rounding(y.dtype()));
         }
         let want = naive::fwd(&x, &w, None);
+        let (with_bias, y) = (naive::fwd(&x, &w, Some(&bias)), fwd_narrow_bias(&x_there, &w_there, &bias_there));
+        let allowed = check.allowed(exact(case.n_in), &with_bias, &naive::fwd(&x_r, &w_r, Some(&bias)), 2.0);
+        // Product, bias and sum are rounded once each; two large numbers of opposite signs leave a small one.
+        let parts =
+            |(i, (product, sum)): (usize, (&f64, &f64))| (product.abs() + bias.f32()[i % case.n_out].abs() as f64) / sum.abs().max(1.0);
+        let larger = want.iter().zip(&with_bias).enumerate().map(parts).fold(0.0, f64::max);
+        check.compare("y with a narrow bias", &y, &with_bias, allowed + check.rounding(y.dtype()) / 2.0 * (1.0 + larger));
         let allowed = check.allowed(exact(case.n_in), &want, &naive::fwd(&x_r, &w_r, None), 2.0);
         check.compare("y in f32", &fwd_f32(&x_there, &w_there), &want, allowed);
     } else {

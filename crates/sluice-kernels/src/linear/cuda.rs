@@ -17,6 +17,11 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, n_rows: usize, w: &Tensor, bias: O
     }
 }
 
+/// The same with the bias in the format of activations.
+pub(super) fn fwd_narrow_bias(gpu: &Arc<Gpu>, x: &Tensor, n_rows: usize, w: &Tensor, bias: &Tensor) -> Tensor {
+    fwd_to(gpu, activation(gpu, [n_rows, w.shape()[0]]), x, w, Some(&factor(gpu, bias)))
+}
+
 /// The same in f32.
 pub(super) fn fwd_f32(gpu: &Arc<Gpu>, x: &Tensor, n_rows: usize, w: &Tensor) -> Tensor {
     fwd_to(gpu, output(gpu, [n_rows, w.shape()[0]]), x, w, None)

@@ -49,6 +49,8 @@ const OPS: &[(&str, Cases)] = &[
     ("add", crate::add::cases::run),
     ("swiglu", crate::swiglu::cases::run),
     ("gelu", crate::gelu::cases::run),
+    ("gelu_mlp", crate::gelu_mlp::cases::run),
+    ("mean_pool", crate::mean_pool::cases::run),
     ("output_head", crate::output_head::cases::run),
     ("kept_mass", crate::kept_mass::cases::run),
     ("attention_label", crate::attention_label::cases::run),

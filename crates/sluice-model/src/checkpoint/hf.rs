@@ -77,13 +77,13 @@ fn wanted_names(folder: &Path, config: &ModelConfig, weights: &Weights) -> Resul
 }
 
 /// The weight files of a folder and which of them holds each tensor.
-struct Weights {
+pub(super) struct Weights {
     files: Vec<Safetensors>,
-    place: BTreeMap<String, usize>,
+    pub(super) place: BTreeMap<String, usize>,
 }
 
 impl Weights {
-    fn open(folder: &Path) -> Result<Self, CheckpointError> {
+    pub(super) fn open(folder: &Path) -> Result<Self, CheckpointError> {
         let (whole, index) = (folder.join(WEIGHTS), folder.join(INDEX));
         if whole.exists() {
             let file = Safetensors::open(&whole)?;
@@ -137,7 +137,7 @@ impl Weights {
         Ok(Self { files, place })
     }
 
-    fn file_of(&self, name: &str) -> &Safetensors {
+    pub(super) fn file_of(&self, name: &str) -> &Safetensors {
         &self.files[self.place[name]]
     }
 }
@@ -178,7 +178,7 @@ fn read_text_config(folder: &Path, config_path: &Path, config_text: &str, vocab_
     Ok(text)
 }
 
-fn parse_json(path: &Path, text: &str) -> Result<Value, CheckpointError> {
+pub(super) fn parse_json(path: &Path, text: &str) -> Result<Value, CheckpointError> {
     serde_json::from_str(text).map_err(|e| CheckpointError::config(path, ConfigError::new(format!("not valid JSON: {e}"))))
 }
 

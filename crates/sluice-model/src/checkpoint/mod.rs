@@ -5,6 +5,7 @@
 //! A damaged file is an error that names the file, what was found and what was expected: sizes are
 //! checked against the file before anything is allocated, and nothing is guessed.
 
+mod bert;
 mod export;
 mod file;
 mod gates;
@@ -21,6 +22,7 @@ use std::path::{Path, PathBuf};
 use sluice_spec::{ConfigError, ModelConfig, TextConfig, TokenizerSource, tensor_names};
 use sluice_tensor::Tensor;
 
+pub use bert::{EncoderCheckpoint, load_encoder};
 pub use export::export_hf;
 pub use gates::{GATES_FILE, GateTensors, Gates, load_gates, save_gates};
 
@@ -151,12 +153,21 @@ fn check_tensors<'a>(
     config: &ModelConfig,
     found: impl IntoIterator<Item = (&'a str, &'a [usize])>,
 ) -> Result<(), CheckpointError> {
-    let mut wanted = tensor_shapes(config);
+    check_against(path, tensor_shapes(config), &describe(config), found)
+}
+
+/// The same for a model in words and the shapes that it wants.
+fn check_against<'a>(
+    path: &Path,
+    mut wanted: BTreeMap<String, Vec<usize>>,
+    model: &str,
+    found: impl IntoIterator<Item = (&'a str, &'a [usize])>,
+) -> Result<(), CheckpointError> {
     let n_wanted = wanted.len();
     for (name, shape) in found {
         match wanted.remove(name) {
             None => {
-                let expected = format!("only the tensors of a {}", describe(config));
+                let expected = format!("only the tensors of a {model}");
                 return Err(CheckpointError::unexpected(path, format!("tensor `{name}` of shape {shape:?}"), expected));
             }
             Some(want) if want != shape => {

@@ -75,7 +75,7 @@ impl<'a> Mat<'a> {
 pub struct Epilogue<'a> {
     /// Add to what is there instead of overwriting it.
     pub accumulate: bool,
-    /// `[n]`, added to every row of an f32 result.
+    /// `[n]` in the format of the result, added to every row. A narrow result may be rounded before and after.
     pub bias: Option<&'a Tensor>,
 }
 
@@ -91,8 +91,7 @@ pub fn gemm(a: Mat<'_>, b: Mat<'_>, c: &mut Tensor, offset: usize, row_stride: u
     }
     assert!(row_stride >= n && offset + (m - 1) * row_stride + n <= c.len(), "[{m}, {n}] from {offset} by {row_stride} in {:?}", c.shape());
     if let Some(bias) = epilogue.bias {
-        assert_eq!(c.dtype(), DType::F32, "the result of a product with a bias");
-        assert_eq!((bias.shape(), bias.dtype()), (&[n][..], DType::F32), "bias of a product with {n} columns");
+        assert_eq!((bias.shape(), bias.dtype()), (&[n][..], c.dtype()), "bias of a product with {n} columns");
     }
     if k == 0 {
         assert!(row_stride == n, "an empty product is written to contiguous memory");
