@@ -96,7 +96,10 @@ def speed(args):
 
 
 def sentences_of(paths, n):
-    """Up to n distinct sentences, the same number from each file, spread over it."""
+    """Up to n distinct sentences, the same number from each file, spread over it; or those of one JSON list."""
+    if len(paths) == 1 and paths[0].endswith(".json"):
+        with open(paths[0], encoding="utf-8") as f:
+            return json.load(f)[:n]
     found = []
     for path in paths:
         with open(path, encoding="utf-8") as f:
@@ -166,7 +169,7 @@ def main():
     p.add_argument("--runs", type=int, default=20)
     p.add_argument("--precisions", nargs="+", default=["bf16", "tf32", "f32"])
     p.add_argument("--minilm", help="folder of all-MiniLM-L6-v2; without it no accuracy is measured")
-    p.add_argument("--sentences", nargs="*", default=[], help="text files")
+    p.add_argument("--sentences", nargs="*", default=[], help="text files, or one JSON list of sentences")
     p.add_argument("--n", type=int, default=600, help="sentences")
     p.add_argument("--cpu", action="store_true", help="no GPU: accuracy of the CPU alone")
     p.add_argument("--commit", default="unknown")

@@ -80,9 +80,10 @@ impl SentenceEncoder {
 /// At most `max` ids, the last one (which ends a text) kept; whether any was cut.
 fn shortened(mut ids: Vec<u32>, max: usize) -> (Vec<u32>, bool) {
     let cut = ids.len() > max;
-    if let (true, Some(last)) = (cut, ids.pop()) {
-        ids.truncate(max - 1);
-        ids.push(last);
+    if cut {
+        let last = ids.len() - 1;
+        ids.swap(max - 1, last);
+        ids.truncate(max);
     }
     (ids, cut)
 }

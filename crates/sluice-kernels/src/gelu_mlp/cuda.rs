@@ -18,7 +18,7 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, x: &Tensor, up: &Tensor, up_bias: &Tensor, dow
     let mut y = activation(gpu, x.shape());
     let row_bytes = f * gpu.precision().activations().size();
     let n_chunks = (n_rows * row_bytes).div_ceil(chunk).max(1);
-    let per_chunk = n_rows.div_ceil(n_chunks).next_multiple_of(TILE);
+    let per_chunk = n_rows.div_ceil(n_chunks).max(1).next_multiple_of(TILE);
     for first in (0..n_rows).step_by(per_chunk) {
         let n = per_chunk.min(n_rows - first);
         let mut hidden = activation(gpu, [n, f]);
