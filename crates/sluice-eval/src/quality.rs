@@ -118,10 +118,10 @@ pub fn quality_table(
             dense_nll = bootstrap.mean(&base).map(|e| (kv_budget, e));
         }
         let streaming = cells.iter().position(|(p, r)| *p == Policy::Streaming && r.kv_budget() == kv_budget);
-        let gap_closed = streaming.filter(|_| *policy != Policy::Streaming).and_then(|s| {
-            let baseline: Vec<&Vec<f32>> = compared[s].iter().map(|c| &c.nll).collect();
-            bootstrap.gap_closed(&nll, &baseline, &base)
-        });
+        let baseline =
+            streaming.filter(|_| *policy != Policy::Streaming).map(|s| -> Vec<&Vec<f32>> { compared[s].iter().map(|c| &c.nll).collect() });
+        let gap_closed = baseline.as_ref().and_then(|baseline| bootstrap.gap_closed(&nll, baseline, &base));
+        let above_streaming = baseline.as_ref().and_then(|baseline| bootstrap.paired_difference(&nll, baseline));
         rows.push(QualityRow {
             policy: policy.name().into(),
             kv_budget,
@@ -130,6 +130,7 @@ pub fn quality_table(
             kl: bootstrap.mean(&pick(|c| &c.kl)),
             top1_agreement: bootstrap.mean(&pick(|c| &c.agree)),
             gap_closed,
+            above_streaming,
         });
     }
     Ok(QualityTable {

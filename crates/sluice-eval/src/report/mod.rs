@@ -177,6 +177,8 @@ pub struct QualityRow {
     /// when absent it is computed from the means, without an interval.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gap_closed: Option<Estimate>,
+    /// Nats per token above StreamingLLM at the same budget, token by token; negative is better.
+    pub above_streaming: Option<Estimate>,
 }
 
 impl QualityTable {

@@ -124,6 +124,7 @@ fn quality_by_budget(table: &QualityTable, looks: &Looks) -> Table {
         (None, Some(mean)) => percent(mean).into(),
         (None, None) => Cell::default(),
     });
+    extra("Gate minus StreamingLLM, token by token", &|row| row.above_streaming.map_or(Cell::default(), |e| estimate_cell(e, nats)));
     extra("Positions counted", &|row| Cell { main: count(row.delta_nll.n), sub: format!("from {} on", count(row.positions_from)) });
     let columns = budgets.iter().map(|&b| format!("{} ({})", count(b), percent(b as f64 / table.context.max(1) as f64)));
     Table {

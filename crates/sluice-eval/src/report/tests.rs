@@ -56,6 +56,7 @@ fn made_up() -> Report {
                     kl: Some(around(mean * 1.2, 0.004, n)),
                     top1_agreement: Some(around(1.0 - 0.6 * mean, 0.006, n)),
                     gap_closed: (policy == "gate").then(|| around(0.48 + noise(0.1), 0.05, n)),
+                    above_streaming: (policy == "gate").then(|| around(-0.02 + noise(0.01), 0.005, n)),
                 });
             }
         }
