@@ -24,12 +24,8 @@ pub struct LayerNorm {
 /// One layer: attention, then the MLP, each with a residual connection and the norm behind it.
 #[derive(Clone)]
 pub struct EncoderLayer {
-    /// `[M, M]`.
-    pub query: Linear,
-    /// `[M, M]`.
-    pub key: Linear,
-    /// `[M, M]`.
-    pub value: Linear,
+    /// Queries, keys and values in one product, `[3 M, M]`.
+    pub qkv: Linear,
     /// `[M, M]`.
     pub out: Linear,
     /// Behind the attention.
@@ -108,6 +104,11 @@ impl Encoder {
     pub fn assemble(config: &EncoderConfig, mut take: impl FnMut(&str, &[usize]) -> Tensor) -> Self {
         let (m, f) = (config.d_model, config.d_ff);
         let mut param = |name: String, shape: &[usize]| Param { value: take(&name, shape), name, trainable: false };
+        let three = |layer: usize, kind: &str, parts: [Param; 3]| Param {
+            value: stacked(&parts.map(|part| part.value)),
+            name: names::of_layer(layer, &format!("attention.self.qkv.{kind}")),
+            trainable: false,
+        };
         let words = param(names::WORDS.into(), &[config.vocab_size, m]);
         let positions = param(names::POSITIONS.into(), &[config.max_seq_len, m]);
         let types = param(names::TYPES.into(), &[config.n_types, m]);
@@ -121,14 +122,18 @@ impl Encoder {
                 bias: param(of(&format!("{part}.bias")), &[m]),
             };
             let (attention_norm, output_norm) = (norm("attention.output.LayerNorm"), norm("output.LayerNorm"));
+            let self_attention = ["query", "key", "value"].map(|part| {
+                let name = format!("attention.self.{part}");
+                (param(of(&format!("{name}.weight")), &[m, m]), param(of(&format!("{name}.bias")), &[m]))
+            });
+            let [(qw, qb), (kw, kb), (vw, vb)] = self_attention;
+            let qkv = Linear { weight: three(i, "weight", [qw, kw, vw]), bias: Some(three(i, "bias", [qb, kb, vb])) };
             let mut linear = |part: &str, n: usize, k: usize| Linear {
                 weight: param(of(&format!("{part}.weight")), &[n, k]),
                 bias: Some(param(of(&format!("{part}.bias")), &[n])),
             };
             EncoderLayer {
-                query: linear("attention.self.query", m, m),
-                key: linear("attention.self.key", m, m),
-                value: linear("attention.self.value", m, m),
+                qkv,
                 out: linear("attention.output.dense", m, m),
                 attention_norm,
                 up: linear("intermediate.dense", f, m),
@@ -184,7 +189,7 @@ impl Encoder {
     fn params_mut(&mut self) -> Vec<&mut Param> {
         let mut params = vec![&mut self.words, &mut self.positions, &mut self.types, &mut self.norm.weight, &mut self.norm.bias];
         for layer in &mut self.layers {
-            for linear in [&mut layer.query, &mut layer.key, &mut layer.value, &mut layer.out, &mut layer.up, &mut layer.down] {
+            for linear in [&mut layer.qkv, &mut layer.out, &mut layer.up, &mut layer.down] {
                 params.push(&mut linear.weight);
                 params.extend(&mut linear.bias);
             }
@@ -199,15 +204,14 @@ impl Encoder {
 impl EncoderLayer {
     fn forward(&self, h: &Tensor, batch: &TextBatch, config: &EncoderConfig, attention: EncoderAttention) -> Tensor {
         let [b, t, m] = h.dims();
-        let heads = [b, t, config.n_heads, config.head_dim()];
-        let project = |linear: &Linear| linear::fwd_narrow_bias(h, &linear.weight.value, bias(linear)).reshape(heads); // [B, T, H, D]
-        let (q, k, v) = (project(&self.query), project(&self.key), project(&self.value));
-        let (o, _) = match attention {
-            EncoderAttention::Dense => dense_attention::fwd_bidirectional(&q, &k, &v, &batch.lens),
+        let qkv = linear::fwd_narrow_bias(h, &self.qkv.weight.value, bias(&self.qkv)).reshape([b, t, 3, config.n_heads, config.head_dim()]);
+        let o = match attention {
+            EncoderAttention::Dense => dense_attention::fwd_packed(&qkv, &batch.lens), // [B, T, H, D]
             EncoderAttention::Routed(budget) => {
+                let [q, k, v] = dense_attention::unpack(&qkv); // [B, T, H, D]
                 let scores = Tensor::zeros([b, t, config.n_heads]);
                 let routing = top_k_routing::route_bidirectional(&scores, &batch.lens, &budget);
-                routed_attention::fwd(&q, &k, &v, None, &routing)
+                routed_attention::fwd(&q, &k, &v, None, &routing).0
             }
         };
         let block = linear::fwd(&o.reshape([b, t, m]), &self.out.weight.value, None); // [B, T, M]
@@ -221,6 +225,13 @@ impl LayerNorm {
     fn of_sum(&self, block: &Tensor, bias: &Tensor, h: &Tensor, eps: f32) -> Tensor {
         layer_norm::fwd_residual(block, bias, h, &self.weight.value, &self.bias.value, eps)
     }
+}
+
+/// The rows of tensors in main memory one below the other.
+fn stacked(parts: &[Tensor]) -> Tensor {
+    let mut shape = parts[0].shape().to_vec();
+    shape[0] *= parts.len();
+    Tensor::from_vec(parts.iter().flat_map(|part| part.f32()).copied().collect(), shape)
 }
 
 fn bias(linear: &Linear) -> &Tensor {

@@ -4,7 +4,7 @@ use sluice_tensor::cuda::Precision;
 use sluice_tensor::{Device, Tensor};
 use sluice_testkit::Rng;
 
-use super::{WHOLE, bwd, bwd_bidirectional, fwd, fwd_bidirectional, naive};
+use super::{WHOLE, bwd, bwd_bidirectional, fwd, fwd_bidirectional, fwd_packed, naive, unpack};
 use crate::selftest::Check;
 
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +40,8 @@ const CASES: &[Case] = &[
     Case { t: 200, start: WHOLE, heads: (6, 2), d: 32, short: Some(65) },
     Case { t: 300, start: WHOLE, heads: (4, 2), short: Some(0), ..BASE },
     Case { t: 300, start: WHOLE, heads: (4, 2), d: 128, short: Some(129) },
+    Case { t: 150, start: WHOLE, heads: (3, 3), d: 32, short: Some(64) },
+    Case { t: 130, start: WHOLE, heads: (3, 3), d: 64, short: Some(0) },
 ];
 
 pub(super) struct Inputs {
@@ -127,10 +129,24 @@ pub(crate) fn run(check: &mut Check<'_>) {
         for ((output, got), want) in [("o", &o), ("dq", &dq), ("dk", &dk), ("dv", &dv)].into_iter().zip(&want) {
             check.compare(output, got, want, allowed[usize::from(output != "o")]);
         }
+        if start == WHOLE && h == g {
+            let packed = packed([&x.q, &x.k, &x.v]);
+            check.compare("o of packed rows", &fwd_packed(&check.put(&packed), &x.lens), &want[0], allowed[0]);
+            let parts = unpack(&check.put(&packed));
+            let same = parts.iter().zip([&q, &k, &v]).all(|(a, b)| same_bits(a, b));
+            check.require("packed rows come apart", same);
+        }
         let again = backward();
         let same = [(&dq, &again.0), (&dk, &again.1), (&dv, &again.2)].into_iter().all(|(a, b)| same_bits(a, b));
         check.require("the same bits again", same);
     }
+}
+
+/// `[B, T, 3, H, D]` of three `[B, T, H, D]`.
+fn packed(parts: [&Tensor; 3]) -> Tensor {
+    let [b, t, h, d] = parts[0].dims();
+    let row = |i: usize| parts.into_iter().flat_map(move |part| &part.f32()[i * h * d..(i + 1) * h * d]);
+    Tensor::from_vec((0..b * t).flat_map(row).copied().collect(), [b, t, 3, h, d])
 }
 
 fn same_bits(a: &Tensor, b: &Tensor) -> bool {

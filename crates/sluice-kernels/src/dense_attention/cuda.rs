@@ -8,10 +8,12 @@ use sluice_tensor::{DType, Tensor};
 use super::WHOLE;
 use super::tensor_cores::Call;
 use super::whole_tf32;
-use crate::launch::{THREADS, output, over_rows, run};
+use crate::launch::{THREADS, act, act_mut, formats, of_format, output, over_elements, over_rows, run};
 use crate::routed_attention::Dims;
 
 const SOURCE: KernelSource = KernelSource { name: "dense_attention", code: include_str!("dense_attention.cu") };
+
+static UNPACK: [KernelSource; 2] = formats!("unpack", "unpack.cu");
 
 /// Widest head that the tiles fit.
 const WIDEST: usize = 128;
@@ -56,7 +58,7 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, q: &Tensor, k: &Tensor, v: &Tenso
     let dtype = q.dtype();
     let [q, k, v] = &[q, k, v].map(|x| x.to_dtype(DType::F32));
     if whole_tf32::serves(gpu, dims, start) {
-        let (o, lse) = whole_tf32::fwd(gpu, dims, [q, k, v], lens);
+        let (o, lse) = whole_tf32::fwd(gpu, dims, [q, k, v].map(Arg::from), 1, lens);
         return (o.to_dtype(dtype), lse);
     }
     let (name, tile) = if is_narrow(dims) { ("forward_64", Tile(64, 64, 64)) } else { ("forward_128", Tile(128, 64, 64)) };
@@ -68,6 +70,29 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, q: &Tensor, k: &Tensor, v: &Tenso
     // SAFETY: shapes were checked by the caller; `lens` keeps queries within `t` and keys within `s`.
     unsafe { tiled(gpu, name, grid, tile.shared(tile.1 + tile.2), &args) };
     (o.to_dtype(dtype), lse)
+}
+
+/// [`fwd`] of an encoder without `lse`, where kernels read the three as they lie in `qkv [B, T, 3, H, D]`.
+pub(super) fn fwd_packed(gpu: &Arc<Gpu>, dims: &Dims, qkv: &Tensor, lens: &[usize]) -> Option<Tensor> {
+    if let Some(call) = Call::new(gpu, dims, qkv.dtype(), WHOLE, lens) {
+        return Some(call.fwd_packed(qkv));
+    }
+    whole_tf32::serves(gpu, dims, WHOLE).then(|| {
+        let wide = qkv.to_dtype(DType::F32);
+        let third = (dims.h * dims.d * DType::F32.size()) as u64;
+        let factors = [0, 1, 2].map(|i| Arg::U64(wide.address() + i * third));
+        whole_tf32::fwd(gpu, dims, factors, 3, lens).0.to_dtype(qkv.dtype())
+    })
+}
+
+/// `q`, `k` and `v` of `qkv` with `n` columns each.
+pub(super) fn unpack(gpu: &Arc<Gpu>, qkv: &Tensor, n_rows: usize, n: usize) -> [Tensor; 3] {
+    let mut parts = [0, 1, 2].map(|_| Tensor::empty_on(gpu, [n_rows, n], qkv.dtype()));
+    let [a, b, c] = &mut parts;
+    let args = [act(qkv), act_mut(a), act_mut(b), act_mut(c), (n_rows as u64).into(), (n as u32).into()];
+    // SAFETY: `qkv` has three times the elements of each part, checked by the caller.
+    unsafe { run(gpu, of_format(&UNPACK, qkv.dtype()), "unpack", over_elements(n_rows * n), &args) };
+    parts
 }
 
 pub(super) fn bwd(

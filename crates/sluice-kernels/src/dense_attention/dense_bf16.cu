@@ -24,6 +24,7 @@ constexpr int WHOLE = 1 << 30;
 struct Sizes {
     int T, S, G, start;
     Group group;
+    int read_g;     // KV heads from a token to the next in what is read: G, or more where queries, keys and values share rows.
 };
 
 // Rows of a KV head that a block of threads has.
@@ -49,9 +50,9 @@ struct Place {
     // Steps before this one are not masked.
     __device__ __forceinline__ int first_masked() const { return min(position(0) + 1, n_keys) / KEYS; }
     __device__ __forceinline__ u32 at(int row) const { return size.group.at(b, size.T, size.G, g, first + row); }
-    __device__ __forceinline__ u32 row_to_load(int row) const { return at(min(row, n_rows - 1)); }
+    __device__ __forceinline__ u32 row_to_load(int row) const { return size.group.at(b, size.T, size.read_g, g, first + min(row, n_rows - 1)); }
     // A step's key; behind the last one that is seen that one again.
-    __device__ __forceinline__ u32 key(int step, int i) const { return ((u32)b * size.S + min(step * KEYS + i, n_keys - 1)) * size.G + g; }
+    __device__ __forceinline__ u32 key(int step, int i) const { return ((u32)b * size.S + min(step * KEYS + i, n_keys - 1)) * size.read_g + g; }
 };
 
 // Hide the keys of a step that a thread's two rows do not see.
@@ -75,12 +76,12 @@ __device__ __forceinline__ void write_padding(const Place<ROWS>& p, bf16* x, flo
     for (int i = begin + threadIdx.x; i < p.n_padded; i += THREADS) y[p.at(i)] = value;
 }
 
-// o [B, T, H, D] and lse [B, T, H] (natural logarithm).
+// o [B, T, H, D] and lse [B, T, H] (natural logarithm). `rows` is 3 where q, k and v are rows of one matrix [B, T, 3, H, D], otherwise 1.
 extern "C" __global__ __launch_bounds__(FWD_WARPGROUPS * 128, FWD_CTAS) void dense_bf16_fwd(const bf16* q, const bf16* k, const bf16* v, const int* lens, bf16* o, float* lse,
-                                                                                 int T, int S, int G, int start, int group, u32 reciprocal) {
+                                                                                 int rows, int T, int S, int G, int start, int group, u32 reciprocal) {
     constexpr int ROWS = FWD_WARPGROUPS * 64, THREADS = FWD_WARPGROUPS * 128;
     extern __shared__ __align__(1024) unsigned char shared[];
-    const Place<ROWS> p({T, S, G, start, {group, reciprocal}}, lens);
+    const Place<ROWS> p({T, S, G, start, {group, reciprocal}, rows * G}, lens);
     write_padding<ROWS, THREADS>(p, o, lse, -infinity());
     if (p.n_rows <= 0) return;
     const u32 q_tile = shared_address(shared), kv = q_tile + ROWS * D * 2;
@@ -186,7 +187,7 @@ extern "C" __global__ __launch_bounds__(DQ_WARPGROUPS * 128, DQ_CTAS) void dense
                                                                               const int* lens, bf16* dq, float* delta, int T, int S, int G, int start, int group, u32 reciprocal) {
     constexpr int ROWS = DQ_WARPGROUPS * 64, THREADS = DQ_WARPGROUPS * 128;
     extern __shared__ __align__(1024) unsigned char shared[];
-    const Place<ROWS> p({T, S, G, start, {group, reciprocal}}, lens);
+    const Place<ROWS> p({T, S, G, start, {group, reciprocal}, G}, lens);
     write_padding<ROWS, THREADS>(p, dq, delta, 0.0f);
     if (p.n_rows <= 0) return;
     const u32 q_tile = shared_address(shared), dout_tile = q_tile + ROWS * D * 2, kv = dout_tile + ROWS * D * 2;

@@ -34,6 +34,39 @@ pub fn fwd_bidirectional(q: &Tensor, k: &Tensor, v: &Tensor, lens: &[usize]) -> 
     fwd(q, k, v, WHOLE, lens)
 }
 
+/// [`fwd_bidirectional`] of queries, keys and values that one product made, `qkv [B, T, 3, H, D]`: `o [B, T, H, D]`. For inference.
+#[track_caller]
+pub fn fwd_packed(qkv: &Tensor, lens: &[usize]) -> Tensor {
+    let [b, t, three, h, d] = qkv.dims();
+    assert!(
+        three == 3 && lens.len() == b && lens.iter().all(|&n| n <= t),
+        "dense_attention::fwd_packed of {:?} with lengths {lens:?}",
+        qkv.shape()
+    );
+    let dims = Dims { b, t, s: t, h, g: h, d };
+    if let Some(o) = qkv.gpu().and_then(|gpu| cuda::fwd_packed(gpu, &dims, qkv, lens)) {
+        return o;
+    }
+    let [q, k, v] = unpack(qkv);
+    fwd_bidirectional(&q, &k, &v, lens).0
+}
+
+/// The three parts, `[B, T, H, D]` each, of `qkv [B, T, 3, H, D]`.
+#[track_caller]
+pub fn unpack(qkv: &Tensor) -> [Tensor; 3] {
+    let [b, t, three, h, d] = qkv.dims();
+    assert_eq!(three, 3, "unpacking {:?}", qkv.shape());
+    let n = h * d;
+    let parts = match qkv.gpu() {
+        Some(gpu) => cuda::unpack(gpu, qkv, b * t, n),
+        None => [0, 1, 2].map(|i| {
+            let rows = qkv.f32().chunks_exact(3 * n.max(1));
+            Tensor::from_vec(rows.flat_map(|row| &row[i * n..(i + 1) * n]).copied().collect(), [b * t, n])
+        }),
+    };
+    parts.map(|part| part.reshape([b, t, h, d]))
+}
+
 /// Gradients `(dq, dk, dv)` from `dout [B, T, H, D]` and the results `o`, `lse` of [`fwd_bidirectional`] on the same inputs.
 #[track_caller]
 pub fn bwd_bidirectional(

@@ -56,7 +56,8 @@ impl<'a> Call<'a> {
         let width = [&WIDTH_64, &WIDTH_128].into_iter().find(|width| width.head_dim == dims.d)?;
         let may_round = gpu.precision() == Precision::Bf16 || dtype == DType::Bf16;
         let group = dims.group();
-        let numbered = dims.b * dims.t * dims.h < 1 << 32 && dims.b * dims.s * dims.g < 1 << 32 && dims.t * group * group < 1 << 31;
+        // Queries, keys and values may be rows of one matrix.
+        let numbered = 3 * dims.b * dims.t * dims.h < 1 << 32 && dims.b * dims.s * dims.g < 1 << 32 && dims.t * group * group < 1 << 31;
         (may_round && numbered).then_some(Self { gpu, width, dims, start, lens })
     }
 
@@ -81,12 +82,27 @@ impl<'a> Call<'a> {
 
     /// `(o [B, T, H, D], lse [B, T, H])`.
     pub(super) fn fwd(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> (Tensor, Tensor) {
-        let (mut o, mut lse) = (self.bf16(q.shape()), output(self.gpu, &q.shape()[..3]));
-        let lens = upload_lens(self.gpu, self.lens);
         let [q16, k16, v16] = [q, k, v].map(|x| x.to_dtype(DType::Bf16));
-        let args = [act(&q16), act(&k16), act(&v16), (&lens).into(), act_mut(&mut o), (&mut lse).into()];
-        self.launch("dense_bf16_fwd", self.dims.t * self.dims.group(), self.width.fwd, 1, 4, 0, &args);
+        let (o, lse) = self.forward([act(&q16), act(&k16), act(&v16)], 1);
         (o.to_dtype(q.dtype()), lse)
+    }
+
+    /// `o [B, T, H, D]` of `qkv [B, T, 3, H, D]`.
+    pub(super) fn fwd_packed(&self, qkv: &Tensor) -> Tensor {
+        let qkv16 = qkv.to_dtype(DType::Bf16);
+        let third = (self.dims.h * self.dims.d * DType::Bf16.size()) as u64;
+        let factors = [0, 1, 2].map(|i| Arg::U64(qkv16.address() + i * third));
+        self.forward(factors, 3).0.to_dtype(qkv.dtype())
+    }
+
+    /// `rows`: of a token in what the factors lie in.
+    fn forward(&self, [q, k, v]: [Arg; 3], rows: i32) -> (Tensor, Tensor) {
+        let Dims { b, t, h, d, .. } = *self.dims;
+        let (mut o, mut lse) = (self.bf16(&[b, t, h, d]), output(self.gpu, [b, t, h]));
+        let lens = upload_lens(self.gpu, self.lens);
+        let args = [q, k, v, (&lens).into(), act_mut(&mut o), (&mut lse).into(), rows.into()];
+        self.launch("dense_bf16_fwd", t * self.dims.group(), self.width.fwd, 1, 4, 0, &args);
+        (o, lse)
     }
 
     /// `(dq, dk, dv)`.

@@ -1,6 +1,7 @@
 // Attention of an encoder with factors rounded to TF32 (11 bits), sums and softmax in f32; forward only. Compiled with HEAD_DIM, 32 or 64.
 //
-// A block has 64 queries of one head, a warp 16 of them, and walks over tiles of 64 keys (FlashAttention-2, arXiv 2307.08691). Products are
+// A block has 64 queries of one head, a warp 16 of them, and walks over tiles of 64 keys (FlashAttention-2, arXiv 2307.08691), which are copied two
+// steps ahead. Keys and values go to the matrix unit as they are: it ignores the bits that are too many. Products are
 // mma.m16n8k8: with g = lane / 4 and t = lane % 4, a thread holds of the left factor rows g, g + 8 and columns t, t + 4, of the right factor
 // rows t, t + 4 of column g, of the result rows g, g + 8 and columns 2 t, 2 t + 1. Weights become a left factor without moving: a sum over keys has
 // no order, so "columns t and t + 4" may as well be keys 2 t and 2 t + 1, if the values are read so too.
@@ -14,6 +15,11 @@ __device__ __forceinline__ u32 to_tf32(float x) {
     u32 y;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
     return y;
+}
+
+// Asynchronous copy of 16 bytes, or of as many zeros.
+__device__ __forceinline__ void copy16(u32 to, const float* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -39,44 +45,52 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// q, o [B, T, H, D], k, v [B, T, G, D], lse [B, T, H]. Grid: x = sequences times heads, y = tiles of queries.
+// q, o [B, T, H, D], k, v [B, T, G, D], lse [B, T, H]; from a token to the next are q_heads heads of q and kv_heads of k and v. Grid: x = sequences
+// times heads, y = tiles of queries.
 extern "C" __global__ __launch_bounds__(128, 3) void whole_tf32_fwd(const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
-                                                                    const int* __restrict__ lens, float* __restrict__ o, float* __restrict__ lse, int T, int H, int G) {
-    __shared__ __align__(16) u32 k_tile[KEYS * STRIDE];
-    __shared__ __align__(16) u32 v_tile[KEYS * STRIDE];
+                                                                    const int* __restrict__ lens, float* __restrict__ o, float* __restrict__ lse, int T, int H, int G, int q_heads,
+                                                                    int kv_heads) {
+    // Of either stage a tile of keys, then one of values.
+    extern __shared__ __align__(16) u32 tiles[];
+    constexpr int TILE = KEYS * STRIDE;
     const int b = blockIdx.x / H, h = blockIdx.x % H, kv_head = h / (H / G), len = lens[b];
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int row0 = blockIdx.y * ROWS + (threadIdx.x >> 5) * 16 + g, row1 = row0 + 8;
     const auto at = [&](int row) { return ((u64)b * T + row) * H + h; };
 
+    // Tiles without a valid query have no keys to visit.
+    const int steps = blockIdx.y * ROWS < len ? (len + KEYS - 1) / KEYS : 0;
+    const auto fetch = [&](int step) {
+        if (step < steps) {
+            const u32 to = (u32)__cvta_generic_to_shared(tiles + (step & 1) * 2 * TILE);
+            for (int i = threadIdx.x; i < KEYS * (D / 4); i += 128) {
+                const int key = i / (D / 4), column = i % (D / 4) * 4;
+                // What lies behind the last key may be NaN, and a weight of zero would not hide it.
+                const bool there = step * KEYS + key < len;
+                const u64 from = (((u64)b * T + (there ? step * KEYS + key : 0)) * kv_heads + kv_head) * D + column;
+                copy16(to + (key * STRIDE + column) * 4, k + from, there);
+                copy16(to + (TILE + key * STRIDE + column) * 4, v + from, there);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    fetch(0);
+    fetch(1);
     u32 queries[D / 8][4];
 #pragma unroll
     for (int i = 0; i < D / 8; i++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int row = e & 1 ? row1 : row0, column = 8 * i + t + (e >> 1) * 4;
-            queries[i][e] = row < len ? to_tf32(q[at(row) * D + column]) : 0u;
+            queries[i][e] = row < len ? to_tf32(q[(((u64)b * T + row) * q_heads + h) * D + column]) : 0u;
         }
     }
     const float scale = LOG2E * rsqrtf((float)D);
     float out[D / 8][4] = {}, max0 = -INF, max1 = -INF, sum0 = 0.f, sum1 = 0.f;
-    // Tiles without a valid query have no keys to visit.
-    const int end = blockIdx.y * ROWS < len ? len : 0;
-    for (int first = 0; first < end; first += KEYS) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < KEYS * (D / 4); i += 128) {
-            const int key = i / (D / 4), column = i % (D / 4) * 4;
-            // What lies behind the last key may be NaN, and a weight of zero would not hide it.
-            uint4 x = make_uint4(0, 0, 0, 0), y = x;
-            if (first + key < len) {
-                const u64 from = (((u64)b * T + first + key) * G + kv_head) * D + column;
-                const float4 xs = *(const float4*)(k + from), ys = *(const float4*)(v + from);
-                x = make_uint4(to_tf32(xs.x), to_tf32(xs.y), to_tf32(xs.z), to_tf32(xs.w));
-                y = make_uint4(to_tf32(ys.x), to_tf32(ys.y), to_tf32(ys.z), to_tf32(ys.w));
-            }
-            *(uint4*)&k_tile[key * STRIDE + column] = x;
-            *(uint4*)&v_tile[key * STRIDE + column] = y;
-        }
+    for (int step = 0; step < steps; step++) {
+        const int first = step * KEYS;
+        const u32 *k_tile = tiles + (step & 1) * 2 * TILE, *v_tile = k_tile + TILE;
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
         __syncthreads();
         float s[KEYS / 8][4];
 #pragma unroll
@@ -118,6 +132,8 @@ extern "C" __global__ __launch_bounds__(128, 3) void whole_tf32_fwd(const float*
 #pragma unroll
             for (int i = 0; i < D / 8; i++) mma(out[i], weights, value[8 * i], value[STRIDE + 8 * i]);
         }
+        __syncthreads();
+        fetch(step + 2);
     }
     sum0 = quad_sum(sum0), sum1 = quad_sum(sum1);
     const auto write = [&](int row, int e, float top, float sum) {

@@ -18,8 +18,9 @@ macro_rules! source {
 
 static WIDTHS: [(usize, KernelSource); 2] = [(32, source!("whole_tf32_32", "32")), (64, source!("whole_tf32_64", "64"))];
 
-/// Queries of a block.
+/// Queries of a block, and keys of a step.
 const ROWS: usize = 64;
+const KEYS: usize = 64;
 
 fn source(d: usize) -> Option<&'static KernelSource> {
     WIDTHS.iter().find(|(width, _)| *width == d).map(|(_, source)| source)
@@ -30,16 +31,17 @@ pub(super) fn serves(gpu: &Gpu, dims: &Dims, start: usize) -> bool {
     start == WHOLE && gpu.precision() != Precision::F32 && source(dims.d).is_some()
 }
 
-/// `(o [B, T, H, D], lse [B, T, H])`.
-pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, [q, k, v]: [&Tensor; 3], lens: &[usize]) -> (Tensor, Tensor) {
-    let source = source(dims.d).expect("asked before");
-    let (mut o, mut lse) = (output(gpu, q.shape()), output(gpu, &q.shape()[..3]));
+/// `(o [B, T, H, D], lse [B, T, H])` of factors in f32; `rows`: of a token in what they lie in, 3 for `[B, T, 3, H, D]`.
+pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, [q, k, v]: [Arg; 3], rows: usize, lens: &[usize]) -> (Tensor, Tensor) {
+    let Dims { b, t, h, g, d, .. } = *dims;
+    let source = source(d).expect("asked before");
+    let (mut o, mut lse) = (output(gpu, [b, t, h, d]), output(gpu, [b, t, h]));
     let lens = upload_lens(gpu, lens);
-    let sizes = [dims.t, dims.h, dims.g].map(|x| Arg::I32(x as i32));
-    let args: Vec<Arg> =
-        [q.into(), k.into(), v.into(), (&lens).into(), (&mut o).into(), (&mut lse).into()].into_iter().chain(sizes).collect();
-    let grid = [dims.b * dims.h, dims.t.div_ceil(ROWS), 1];
+    let sizes = [t, h, g, rows * h, rows * g].map(|x| Arg::I32(x as i32));
+    let args: Vec<Arg> = [q, k, v, (&lens).into(), (&mut o).into(), (&mut lse).into()].into_iter().chain(sizes).collect();
+    // Two stages of keys and values, rows four words longer than a head.
+    let shared = 4 * (2 * 2 * KEYS * (d + 4)) as u32;
     // SAFETY: shapes were checked by the caller; `lens` keeps queries and keys within `t`.
-    unsafe { launch(gpu, source, "whole_tf32_fwd", grid, 128, 0, &args) };
+    unsafe { launch(gpu, source, "whole_tf32_fwd", [b * h, t.div_ceil(ROWS), 1], 128, shared, &args) };
     (o, lse)
 }
