@@ -178,6 +178,7 @@ pub struct QualityRow {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gap_closed: Option<Estimate>,
     /// Nats per token above StreamingLLM at the same budget, token by token; negative is better.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub above_streaming: Option<Estimate>,
 }
 
