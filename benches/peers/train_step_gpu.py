@@ -2,8 +2,9 @@
 
     python benches/peers/train_step_gpu.py --sluice target/release/sluice --tokens tokens.u16 --commit ID --out benches/results/train_step_gpu.json
 
-Three rows: T = 4096, batch 8, dense; T = 32768, batch 1, routed (`--routed`, the `default` budget) beside dense attention in PyTorch; and with `--tokens`
-the losses of T = 4096, batch 8, where every step has the next tokens of that file (little-endian u16). Where both are dense, PyTorch begins with the weights that Sluice
+Four rows: T = 4096, batch 8, dense; T = 32768, batch 1, routed (`--routed`, the `default` budget) beside dense attention in PyTorch; and with `--tokens`
+the losses of T = 4096, batch 8, where every step has the next tokens of that file (little-endian u16), and those of T = 1024, batch 16, of both programs in f32
+and in bf16: how far apart two curves are that differ in precision alone says what to expect of two programs. Where both are dense, PyTorch begins with the weights that Sluice
 began with and has the same tokens and learning rates, clipped and decayed alike. Prints tokens/s (median after two steps), peak memory of tensors, and how far
 the two curves of losses are apart.
 """
@@ -25,6 +26,7 @@ ROWS = {
     "speed": (4096, 8, False, False, 20, 20),
     "long": (32768, 1, True, False, 12, 6),
     "losses": (4096, 8, False, True, 50, 50),
+    "precisions": (1024, 16, False, True, 50, 50),
 }
 MASK = 2**64 - 1
 
@@ -70,7 +72,7 @@ def run_sluice(binary, t, b, steps, state, routed, tokens, precision="bf16"):
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
-def run_torch(t, b, rates, state, stream=None, compiled=True):
+def run_torch(t, b, rates, state, stream=None, compiled=True, precision="bf16"):
     c = CONFIGS["135m"] | dict(T=t, B=b)
     torch.manual_seed(0)
     model = Decoder(c)
@@ -86,7 +88,10 @@ def run_torch(t, b, rates, state, stream=None, compiled=True):
     groups = [dict(params=of_dim(lambda d: d >= 2), weight_decay=0.01), dict(params=of_dim(lambda d: d < 2), weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=rates[0], betas=(0.9, 0.95), eps=1e-8, fused=True)
     loss_of = torch.compile(model.loss) if compiled else model.loss
-    torch.backends.cuda.enable_flash_sdp(False), torch.backends.cuda.enable_mem_efficient_sdp(False), torch.backends.cuda.enable_math_sdp(False)
+    narrow = precision == "bf16"
+    torch.set_float32_matmul_precision("high" if narrow else "highest")
+    # In bf16 cuDNN's attention is the fastest; in f32 only the plain one groups heads.
+    torch.backends.cuda.enable_flash_sdp(False), torch.backends.cuda.enable_mem_efficient_sdp(False), torch.backends.cuda.enable_math_sdp(not narrow)
     seconds, losses = [], []
     for i, rate in enumerate(rates):
         if i == 2:
@@ -98,7 +103,7 @@ def run_torch(t, b, rates, state, stream=None, compiled=True):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
             loss = loss_of(tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -111,6 +116,23 @@ def run_torch(t, b, rates, state, stream=None, compiled=True):
     return dict(tokens_per_second=b * t / statistics.median(seconds[2:]), seconds=seconds[2:], losses=losses, peak_bytes=peak)
 
 
+def curves_of_precisions(args, state, compiled):
+    """Losses of both programs in f32 and bf16, and how far each pair is apart, up to step 20 and at any step."""
+    t, b, _, _, steps, _ = ROWS["precisions"]
+    row, curves = dict(row="precisions", context=t, batch=b), {}
+    for precision in ["f32", "bf16"]:
+        ours = run_sluice(args.sluice, t, b, steps, state, False, args.tokens, precision)
+        curves[f"sluice {precision}"] = ours["losses"]
+        curves[f"torch {precision}"] = run_torch(t, b, ours["learning_rates"], state, args.tokens, compiled, precision)["losses"]
+        torch.cuda.empty_cache()
+    row["losses"], row["apart"] = curves, {}
+    for a, b in [("sluice f32", "torch f32"), ("sluice bf16", "torch bf16"), ("sluice bf16", "sluice f32"), ("torch bf16", "torch f32")]:
+        apart = [abs(x - y) for x, y in zip(curves[a], curves[b])]
+        row["apart"][f"{a}, {b}"] = dict(first_20=max(apart[:20]), all=max(apart), mean=statistics.mean(apart))
+        print(f"{a}, {b}: at most {max(apart[:20]):.5f} apart up to step 20, {max(apart):.5f} up to {steps}, mean {statistics.mean(apart):.5f}", flush=True)
+    return row
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--sluice", required=True)
@@ -120,7 +142,6 @@ def main():
     p.add_argument("--commit", default="unknown")
     p.add_argument("--out")
     args = p.parse_args()
-    torch.set_float32_matmul_precision("high")
     results = []
     for name in args.rows:
         t, b, routed, fresh, steps, their_steps = ROWS[name]
@@ -129,6 +150,9 @@ def main():
             print(f"{name}: left out, there is no --tokens", flush=True)
             continue
         state = os.path.join(tempfile.gettempdir(), "sluice_train_step.safetensors")
+        if name == "precisions":
+            results.append(curves_of_precisions(args, state, not args.eager))
+            continue
         row = dict(row=name, context=t, batch=b, routed=routed, fresh_batches=fresh)
         row["sluice"] = run_sluice(args.sluice, t, b, steps, state, routed, stream)
         ours = row["sluice"]
