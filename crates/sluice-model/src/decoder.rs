@@ -33,8 +33,8 @@ pub struct Decoder {
 /// Options of a forward pass over whole sequences.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Forward {
-    /// Keep only the residual stream between layers and recompute the rest in backward.
-    pub checkpoint: bool,
+    /// Layers, from the first on, of which only the input is kept; the rest of them is recomputed in backward.
+    pub recompute: usize,
     /// Return the attention blocks' outputs and the gate scores of every layer.
     pub keep_layers: bool,
 }
@@ -205,7 +205,7 @@ impl Decoder {
         let mut h = embedded; // [B, T, M]
         let mut kept = Vec::new();
         for (index, layer) in self.layers.iter().enumerate() {
-            let LayerOutput { h: next, block, scores } = if options.checkpoint {
+            let LayerOutput { h: next, block, scores } = if index < options.recompute {
                 checkpointed_layer(tape, layer, &h, lens, index, plan)
             } else {
                 layer.forward(tape, &h, lens, index, plan)

@@ -115,7 +115,7 @@ impl AttentionPlan {
             let overhang = if temperature > 0.0 { self.overhang } else { 0 };
             let routing = top_k_routing::route_with_overhang(scores.value(), lens, &budget(&self.routing), overhang);
             let bias = (temperature > 0.0).then(|| {
-                let scores = if overhang > 0 { tape.shift_free(&scores) } else { scores.clone() };
+                let scores = if overhang > 0 { tape.shift_free(&scores, lens) } else { scores.clone() };
                 tape.mark_sinks(&scores, &positions, self.routing.n_sink)
             });
             let o = layer.attend_routed(tape, p, bias.as_ref(), temperature, &routing);

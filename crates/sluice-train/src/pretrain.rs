@@ -135,6 +135,9 @@ pub struct Pretrainer {
     pub config: TrainConfig,
     /// Attention of every layer: dense, unless somebody gives the model gates and asks for more.
     pub attention: AttentionPlan,
+    /// Layers, from the first on, that run again in backward instead of keeping their activations: at first all or none, as
+    /// the recipe says. No choice changes a bit of the result on a CPU.
+    pub recompute: usize,
     /// Next step.
     pub step: u64,
     optimizer: Optimizer,
@@ -178,7 +181,8 @@ impl Pretrainer {
     pub fn new(config: TrainConfig) -> Self {
         let mut model = Decoder::random(&config.model, config.seed);
         model.set_trainable(|_| true);
-        Self { model, config, attention: AttentionPlan::dense(), step: 0, optimizer: Optimizer::default() }
+        let recompute = if config.checkpoint { config.model.n_layers } else { 0 };
+        Self { model, config, attention: AttentionPlan::dense(), recompute, step: 0, optimizer: Optimizer::default() }
     }
 
     /// Go on on another device.
@@ -222,7 +226,7 @@ impl Pretrainer {
     pub fn step(&mut self, batch: &Batch) -> Result<TrainStep> {
         let started = Instant::now();
         let tape = Tape::recording();
-        let options = Forward { checkpoint: self.config.checkpoint, keep_layers: false };
+        let options = Forward { recompute: self.recompute, keep_layers: false };
         let hidden = self.model.forward(&tape, &batch.tokens, &batch.lens, &self.attention, options);
         let h = tape.reshape(&hidden.h, [batch.tokens.len(), self.config.model.d_model]);
         let sum: f32 = batch.weights.iter().sum();

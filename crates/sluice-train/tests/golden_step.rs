@@ -81,7 +81,9 @@ fn step(golden: &Golden, model: &Decoder, checkpoint: bool) -> Step {
     let t = tokens.len() / lens.len();
     let plan = AttentionPlan::new(Policy::Gate, golden.routing);
     let tape = Tape::recording();
-    let h = model.forward(&tape, &tokens, &lens, &plan, Forward { checkpoint, keep_layers: false }).h;
+    let h = model
+        .forward(&tape, &tokens, &lens, &plan, Forward { recompute: if checkpoint { model.layers.len() } else { 0 }, keep_layers: false })
+        .h;
     let scored = |i: usize| i % t + 1 < lens[i / t];
     let n = (0..tokens.len()).filter(|&i| scored(i)).count() as f32;
     let weights: Vec<f32> = (0..tokens.len()).map(|i| if scored(i) { 1.0 / n } else { 0.0 }).collect();

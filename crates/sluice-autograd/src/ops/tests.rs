@@ -107,18 +107,27 @@ fn gate_and_routed_attention() {
 
 #[test]
 fn shift_free_passes_values_and_centres_gradients() {
-    let x = Rng::new(8).normal_tensor([1, 50, 2]);
-    let tape = Tape::recording();
-    let leaf = tape.leaf(x.clone());
-    let y = tape.shift_free(&leaf);
-    assert_eq!(y.value().f32(), x.f32());
-    let upstream = Rng::new(9).normal_tensor([1, 50, 2]);
-    let gradients = tape.backward(&[(y, upstream.clone())]);
-    let gradient = gradients.of(&leaf).unwrap().f32();
-    for column in 0..2 {
-        let mean = upstream.f32().iter().skip(column).step_by(2).sum::<f32>() / 50.0;
-        for (g, u) in gradient.iter().zip(upstream.f32()).skip(column).step_by(2) {
-            assert!((g - (u - mean)).abs() < 1e-6);
+    let t = 50;
+    for lens in [vec![t], vec![t, t], vec![t, 31, 0]] {
+        let shape = [lens.len(), t, 2];
+        let x = Rng::new(8).normal_tensor(shape);
+        let tape = Tape::recording();
+        let leaf = tape.leaf(x.clone());
+        let y = tape.shift_free(&leaf, &lens);
+        assert_eq!(y.value().f32(), x.f32());
+        let upstream = Rng::new(9).normal_tensor(shape);
+        let gradients = tape.backward(&[(y, upstream.clone())]);
+        let gradient = gradients.of(&leaf).unwrap().f32();
+        for (sequence, &len) in lens.iter().enumerate() {
+            for column in 0..2 {
+                let of = |x: &[f32]| x[sequence * t * 2..][..t * 2].iter().skip(column).step_by(2).copied().collect::<Vec<f32>>();
+                let (upstream, gradient) = (of(upstream.f32()), of(gradient));
+                let mean = upstream[..len].iter().sum::<f32>() / len.max(1) as f32;
+                for row in 0..t {
+                    let expected = if row < len { upstream[row] - mean } else { 0.0 };
+                    assert!((gradient[row] - expected).abs() < 1e-6, "row {row} of {len} in {lens:?}");
+                }
+            }
         }
     }
 }

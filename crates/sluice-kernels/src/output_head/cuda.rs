@@ -16,7 +16,7 @@ static SOURCES: [KernelSource; 2] = formats!("output_head", "output_head.cu");
 const WIDE: u32 = 1024;
 
 /// Bytes of logits held at a time: enough rows that reading all of `w` is cheap beside the product.
-const CHUNK_BYTES: usize = 512 << 20;
+pub(super) const CHUNK_BYTES: usize = 512 << 20;
 
 fn per_chunk(n: usize, row_bytes: usize) -> usize {
     even_chunks(n, (CHUNK_BYTES / row_bytes.max(1)).max(1))

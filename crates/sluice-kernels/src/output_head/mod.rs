@@ -56,6 +56,9 @@ fn rows_per_chunk(vocab: usize) -> usize {
     rows_of(CACHED_BYTES).max(WORTHWHILE_ROWS).min(rows_of(CHUNK_BYTES)).max(1)
 }
 
+/// Most bytes of logits that exist at a time on a GPU.
+pub const GPU_CHUNK_BYTES: usize = cuda::CHUNK_BYTES;
+
 /// Rows whose logits exist at a time when `n` rows have a loss.
 pub fn chunk_rows(n: usize, vocab: usize) -> usize {
     even_chunks(n, rows_per_chunk(vocab)).min(n)

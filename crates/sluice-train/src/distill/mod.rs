@@ -5,7 +5,10 @@
 //! memory. Knows nothing about progress bars, files of reports or evaluation.
 
 mod layer_local;
+mod memory;
 mod through_the_stack;
+
+pub use memory::Split;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -114,6 +117,8 @@ pub struct Distiller {
     pub config: DistillConfig,
     /// Finished items.
     pub reports: Vec<StepReport>,
+    /// How the documents of a step go through the stack; no part of the run's configuration.
+    pub split: Split,
     documents: Documents,
     plan: Vec<Work>,
     cursor: usize,
@@ -136,6 +141,7 @@ impl Distiller {
         }
         let plan = config.plan();
         let warm_start = WarmStart::new(&model);
+        let split = Split::of(&config, model.config.n_layers);
         let optimizer = Optimizer::default();
         Ok(Self {
             model,
@@ -143,6 +149,7 @@ impl Distiller {
             original,
             config,
             reports: Vec::new(),
+            split,
             documents,
             plan,
             cursor: 0,

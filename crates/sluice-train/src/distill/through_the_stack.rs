@@ -18,19 +18,49 @@ use crate::curriculum::{self, Difficulty};
 use crate::gate_loss::gate_loss;
 use crate::hash::{mix, uniform};
 
-/// Teacher's view of one document.
+/// Documents that go through the stack side by side, padded to the longest.
+struct Batch {
+    /// `[B T]`, padded with token 0.
+    tokens: Vec<u32>,
+    /// Tokens of each document.
+    lens: Vec<usize>,
+    /// `T`.
+    t: usize,
+    /// What the random choices for each document are drawn from.
+    salts: Vec<u64>,
+    /// Positions of each document whose labels the gates are compared with.
+    samples: Vec<Vec<u32>>,
+}
+
+impl Batch {
+    /// `per_row(document, its length)` of every document, padded with 0: `[B T]`.
+    fn padded(&self, mut per_row: impl FnMut(usize, usize) -> Vec<f32>) -> Vec<f32> {
+        let mut all = vec![0.0; self.tokens.len()];
+        for (document, &len) in self.lens.iter().enumerate() {
+            all[document * self.t..][..len].copy_from_slice(&per_row(document, len));
+        }
+        all
+    }
+
+    /// Rows of a document among those of the batch.
+    fn rows(&self, document: usize) -> Vec<u32> {
+        (document * self.t..document * self.t + self.lens[document]).map(|row| row as u32).collect()
+    }
+}
+
+/// Teacher's view of a batch.
 struct TeacherPass {
-    /// `[1, T, M]` outputs of the attention blocks.
+    /// `[B, T, M]` outputs of the attention blocks.
     blocks: Vec<Tensor>,
-    /// `[n, G]` labels of the sampled positions.
-    labels: Vec<Tensor>,
-    /// Final hidden states `[T, M]`, of the second teacher if there is one.
+    /// `[n, G]` labels of the sampled positions, by layer and document.
+    labels: Vec<Vec<Tensor>>,
+    /// Final hidden states `[B T, M]`, of the second teacher if there is one.
     h: Tensor,
     /// Its output head.
     head: Tensor,
 }
 
-/// What one document contributed.
+/// What documents contributed.
 struct Contribution {
     grads: BTreeMap<String, Tensor>,
     /// The main loss.
@@ -66,41 +96,61 @@ impl Distiller {
         };
         self.model.set_trainable(|name| base_lr > 0.0 || is_gate(name));
 
-        let n = self.config.documents_per_step;
         let shared = Step { work, step, steps, plan: self.student_plan(routing, noise) };
-        let (mut grads, mut shown, mut tokens) = (BTreeMap::new(), 0.0, 0);
-        for which in 0..n as u64 {
-            let part = self.learn_from(&self.document(which), which, &shared, 1.0 / n as f32);
-            add_to(&mut grads, part.grads);
-            shown += part.shown / n as f32;
-            tokens += part.tokens;
-        }
-        let norm = self.update(&mut grads, step, steps, gate_lr, base_lr)?;
-        Ok(report(work, tokens, Some(shown), routing.kv_budget(), Some(norm)))
+        let mut all = self.learn(&shared);
+        let norm = self.update(&mut all.grads, step, steps, gate_lr, base_lr)?;
+        Ok(report(work, all.tokens, Some(all.shown), routing.kv_budget(), Some(norm)))
     }
 
-    /// Gradients of `share` times the loss on one document.
-    fn learn_from(&self, tokens: &[u32], which: u64, shared: &Step, share: f32) -> Contribution {
-        let Step { work, step, steps, plan } = shared;
-        let (t, salt) = (tokens.len(), self.item(which));
+    /// Gradients of the mean loss over the documents of a step, in as many batches as [`Split`](super::Split) says.
+    fn learn(&self, shared: &Step) -> Contribution {
+        let n = self.config.documents_per_step;
+        let is_attacked = |which: &u64| {
+            let draw = uniform(mix(self.config.seed ^ 0xADE5, self.item(*which)));
+            matches!(shared.work, Work::Generalise(_)) && draw < self.config.stage3.adversarial_share
+        };
+        // The length of an attack is that of one document's embeddings, so those go alone.
+        let (attacked, calm): (Vec<u64>, Vec<u64>) = (0..n as u64).partition(is_attacked);
+        let batches = calm.chunks(self.split.documents.max(1)).map(|batch| (batch, false)).chain(attacked.chunks(1).map(|one| (one, true)));
+        let mut all = Contribution { grads: BTreeMap::new(), shown: 0.0, tokens: 0 };
+        for (documents, attacked) in batches {
+            let part = self.learn_from(&self.batch(documents), attacked, shared, 1.0 / n as f32);
+            add_to(&mut all.grads, part.grads);
+            all.shown += part.shown;
+            all.tokens += part.tokens;
+        }
+        all
+    }
+
+    /// Documents of the present item, side by side.
+    fn batch(&self, documents: &[u64]) -> Batch {
         let sampling = self.sampling();
-        let samples = [sampling.positions(t, mix(self.config.seed, salt))];
-        let taught = self.teach(tokens, &samples, sampling.readers_from);
-        let attacked =
-            matches!(work, Work::Generalise(_)) && uniform(mix(self.config.seed ^ 0xADE5, salt)) < self.config.stage3.adversarial_share;
+        let texts: Vec<Vec<u32>> = documents.iter().map(|&which| self.document(which)).collect();
+        let salts: Vec<u64> = documents.iter().map(|&which| self.item(which)).collect();
+        let lens: Vec<usize> = texts.iter().map(Vec::len).collect();
+        let t = lens.iter().copied().max().expect("a batch has documents");
+        let samples = lens.iter().zip(&salts).map(|(&len, &salt)| sampling.positions(len, mix(self.config.seed, salt))).collect();
+        let tokens = texts.into_iter().flat_map(|text| text.into_iter().chain(std::iter::repeat(0)).take(t)).collect();
+        Batch { tokens, lens, t, salts, samples }
+    }
+
+    /// Gradients of `share` times the sum of the documents' losses.
+    fn learn_from(&self, batch: &Batch, attacked: bool, shared: &Step, share: f32) -> Contribution {
+        let Step { work, step, steps, plan } = shared;
+        let taught = self.teach(batch, self.sampling().readers_from);
 
         let tape = Tape::recording();
-        let options = Forward { checkpoint: self.config.checkpoint, keep_layers: true };
-        let embedded = self.model.embed(&tape, tokens, 1);
+        let options = Forward { recompute: self.split.recompute, keep_layers: true };
+        let embedded = self.model.embed(&tape, &batch.tokens, batch.lens.len());
         // An attack needs the gradient of the embeddings, which are frozen in that stage.
         let embedded = if attacked { tape.leaf(embedded.value().clone()) } else { embedded };
-        let student = self.model.forward_embedded(&tape, embedded.clone(), &[t], plan, options);
-        let weights = past_budget_weights(t, &plan.routing);
-        let (features, gates) = self.layer_losses(&tape, &student, &taught, &samples[0], &weights, &plan.routing);
+        let student = self.model.forward_embedded(&tape, embedded.clone(), &batch.lens, plan, options);
+        let weights = batch.padded(|_, len| past_budget_weights(len, &plan.routing));
+        let (features, gates) = self.layer_losses(&tape, &student, &taught, batch, &weights, &plan.routing);
         let (loss, shown, weights) = if work.stage() == 1 {
             (tape.add(&features, &gates), features.value().item(), weights)
         } else {
-            let weights = self.token_weights(tokens, &weights, &taught, *step, *steps, salt);
+            let weights = self.token_weights(batch, &weights, &taught, *step, *steps);
             let (logits, kl) = self.logit_loss(&tape, &student.h, &taught, &weights, self.config.stage2.boundary);
             let rest = tape.add(&tape.scale(&features, self.config.stage2.features), &gates);
             (tape.add(&logits, &rest), kl, weights)
@@ -113,30 +163,38 @@ impl Distiller {
         let mut grads = gradients.into_params();
         if let Some(delta) = attack {
             let embedded = add::fwd(embedded.value(), &delta);
-            add_to(&mut grads, self.under_attack(embedded, t, &taught, &weights, plan, share));
+            add_to(&mut grads, self.under_attack(embedded, &batch.lens, &taught, &weights, plan, share));
         }
-        Contribution { grads, shown, tokens: t }
+        Contribution { grads, shown: share * shown, tokens: batch.lens.iter().sum() }
     }
 
-    /// Relative errors of the attention blocks' outputs, and the losses on the gates' scores: means over the layers.
+    /// Relative errors of the attention blocks' outputs, and the losses on the gates' scores: means over the layers, sums over the documents.
     fn layer_losses(
         &self,
         tape: &Tape,
         student: &Hidden,
         taught: &TeacherPass,
-        samples: &[u32],
+        batch: &Batch,
         weights: &[f32],
         routing: &RoutingConfig,
     ) -> (Var, Var) {
         let mut sums: [Option<Var>; 2] = [None, None];
         for (index, (kept, block)) in student.layers.iter().zip(&taught.blocks).enumerate() {
             let slopes = &self.model.layers[index].gate.as_ref().expect("gates were added").recency.value;
-            let rank = rank_labels(samples, &taught.labels[index], routing, weights.len());
             let scores = kept.scores.as_ref().expect("the gate decided");
-            let terms =
-                [tape.weighted_mse_rows(&kept.block, block, weights), gate_loss(tape, scores, slopes, rank, &self.config.gate_loss)];
-            for (sum, term) in sums.iter_mut().zip(terms) {
-                *sum = Some(sum.take().map_or_else(|| term.clone(), |s| tape.add(&s, &term)));
+            let [_, _, g] = scores.value().dims();
+            let mut add = |to: usize, term: Var| sums[to] = Some(sums[to].take().map_or_else(|| term.clone(), |sum| tape.add(&sum, &term)));
+            add(0, tape.weighted_mse_rows(&kept.block, block, weights));
+            for (document, &len) in batch.lens.iter().enumerate() {
+                let rank = rank_labels(&batch.samples[document], &taught.labels[index][document], routing, len);
+                // The scores of one document; gathering rows is what an embedding does.
+                let alone = if batch.lens.len() == 1 {
+                    scores.clone()
+                } else {
+                    let rows = tape.embedding(&batch.rows(document), &tape.reshape(scores, [batch.tokens.len(), g]));
+                    tape.reshape(&rows, [1, len, g])
+                };
+                add(1, gate_loss(tape, &alone, slopes, rank, &self.config.gate_loss));
             }
         }
         let [features, gates] = sums.map(|sum| tape.scale(&sum.expect("a model has layers"), 1.0 / student.layers.len() as f32));
@@ -155,73 +213,80 @@ impl Distiller {
     fn under_attack(
         &self,
         embedded: Tensor,
-        t: usize,
+        lens: &[usize],
         taught: &TeacherPass,
         weights: &[f32],
         plan: &AttentionPlan,
         share: f32,
     ) -> BTreeMap<String, Tensor> {
         let tape = Tape::recording();
-        let options = Forward { checkpoint: self.config.checkpoint, ..Forward::default() };
-        let student = self.model.forward_embedded(&tape, tape.constant(embedded), &[t], plan, options);
+        let options = Forward { recompute: self.split.recompute, ..Forward::default() };
+        let student = self.model.forward_embedded(&tape, tape.constant(embedded), lens, plan, options);
         let (loss, _) = self.logit_loss(&tape, &student.h, taught, weights, 0.0);
         tape.backward_scalar(&tape.scale(&loss, share)).into_params()
     }
 
     /// Dense pass of the original weights: block outputs, labels and final hidden states; the last from the second teacher
     /// if there is one.
-    fn teach(&self, tokens: &[u32], samples: &[Vec<u32>; 1], readers_from: usize) -> TeacherPass {
+    fn teach(&self, batch: &Batch, readers_from: usize) -> TeacherPass {
         let tape = Tape::frozen();
-        let t = tokens.len();
-        let positions: Vec<u32> = (0..t as u32).collect();
-        let mut h = self.original.embed(&tape, tokens, 1);
+        let Batch { tokens, lens, samples, .. } = batch;
+        let positions: Vec<u32> = (0..batch.t as u32).collect();
+        let mut h = self.original.embed(&tape, tokens, lens.len());
         let (mut blocks, mut labels) = (Vec::new(), Vec::new());
         for layer in &self.original.layers {
             let p = layer.project(&tape, &h, &positions);
-            let (o, lse) = dense_attention::fwd(p.q.value(), p.k.value(), p.v.value(), 0, &[t]);
-            labels.extend(policy::future_attention_at(layer, h.value(), &p, &lse, samples, &[t], readers_from));
+            let (o, lse) = dense_attention::fwd(p.q.value(), p.k.value(), p.v.value(), 0, lens);
+            labels.push(policy::future_attention_at(layer, h.value(), &p, &lse, samples, lens, readers_from));
             let block = layer.block_output(&tape, &tape.constant(o));
             h = layer.finish(&tape, &h, &block);
             blocks.push(block.value().clone());
         }
         let (h, head) = match &self.teacher {
             Some(teacher) => {
-                (teacher.forward(&tape, tokens, &[t], &AttentionPlan::dense(), Forward::default()).h, teacher.head().value.clone())
+                (teacher.forward(&tape, tokens, lens, &AttentionPlan::dense(), Forward::default()).h, teacher.head().value.clone())
             }
             None => {
                 let norm = tape.param(&self.original.final_norm);
                 (tape.rms_norm(&h, Some(&norm), self.original.config.norm_eps), self.original.head().value.clone())
             }
         };
-        TeacherPass { blocks, labels, h: h.value().reshape([t, h.value().last_dim()]), head }
+        TeacherPass { blocks, labels, h: h.value().reshape([tokens.len(), h.value().last_dim()]), head }
     }
 
-    /// Weight of every position in the logit loss, summing to 1: positions past the budget, through the curriculum
+    /// Weight `[B T]` of every position in the logit loss, summing to 1 in each document: positions past the budget, through the curriculum
     /// (confident tokens and a growing share of the rest), more for tokens that need far context.
-    fn token_weights(&self, tokens: &[u32], past_budget: &[f32], taught: &TeacherPass, step: u64, steps: u64, salt: u64) -> Vec<f32> {
-        let t = tokens.len();
+    fn token_weights(&self, batch: &Batch, past_budget: &[f32], taught: &TeacherPass, step: u64, steps: u64) -> Vec<f32> {
+        let Batch { tokens, lens, t, salts, .. } = batch;
+        // The last token of a document has no target: its weight, and that of padding, is 0.
         let targets: Vec<u32> = tokens[1..].iter().copied().chain([0]).collect();
-        let known: Vec<f32> = past_budget.iter().enumerate().map(|(i, &w)| if i + 1 < t && w > 0.0 { 1.0 } else { 0.0 }).collect();
+        let known = batch.padded(|document, len| {
+            let of = |i: usize| if i + 1 < len && past_budget[document * t + i] > 0.0 { 1.0 } else { 0.0 };
+            (0..len).map(of).collect()
+        });
         let all = output_head::cross_entropy(&taught.h, &taught.head, &targets, &known, Wanted::NOTHING);
         let local = self.config.stage2.long_range.then(|| {
             // What the last `window` tokens alone predict: routed attention with no routed keys.
             let routing = RoutingConfig { top_k: 0, n_sink: 0, ..self.config.routing };
             let plan = AttentionPlan::new(Policy::Streaming, routing);
-            let hidden = self.original.forward(&Tape::frozen(), tokens, &[t], &plan, Forward::default()).h;
-            let hidden = hidden.value().reshape([t, self.original.config.d_model]);
+            let hidden = self.original.forward(&Tape::frozen(), tokens, lens, &plan, Forward::default()).h;
+            let hidden = hidden.value().reshape([tokens.len(), self.original.config.d_model]);
             output_head::cross_entropy(&hidden, &self.original.head().value, &targets, &known, Wanted::NOTHING).nll
         });
-        let seed = mix(self.config.seed ^ 0xC0DE, salt);
-        let mut weights: Vec<f32> = (0..t)
-            .map(|i| {
-                let gain = local.as_ref().map_or(0.0, |local| local[i] - all.nll[i]);
-                let token = Difficulty { max_prob: all.max_prob[i], long_range_gain: gain };
-                known[i] * curriculum::weight(&token, step, steps, mix(seed, i as u64))
-            })
-            .collect();
-        let sum: f32 = weights.iter().sum();
-        weights.iter_mut().for_each(|w| *w /= sum.max(1e-6));
-        weights
+        batch.padded(|document, len| {
+            let seed = mix(self.config.seed ^ 0xC0DE, salts[document]);
+            let mut weights: Vec<f32> = (0..len)
+                .map(|i| {
+                    let row = document * t + i;
+                    let gain = local.as_ref().map_or(0.0, |local| local[row] - all.nll[row]);
+                    let token = Difficulty { max_prob: all.max_prob[row], long_range_gain: gain };
+                    known[row] * curriculum::weight(&token, step, steps, mix(seed, i as u64))
+                })
+                .collect();
+            let sum: f32 = weights.iter().sum();
+            weights.iter_mut().for_each(|w| *w /= sum.max(1e-6));
+            weights
+        })
     }
 }
 
@@ -247,8 +312,84 @@ fn worst_step(embedded: &Tensor, gradient: &Tensor, radius: f32) -> Tensor {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::distill_config::DistillConfig;
+    use crate::documents::Documents;
+    use sluice_model::Decoder;
+    use sluice_spec::{Architecture, ModelConfig};
     use sluice_testkit::Rng;
+
+    /// Three documents a step, of different lengths, without noise (which is drawn by row, so that it depends on the batch).
+    fn distiller(documents: usize) -> Distiller {
+        let model = ModelConfig {
+            architecture: Architecture::Llama,
+            n_layers: 2,
+            d_model: 32,
+            d_ff: 48,
+            n_heads: 4,
+            n_kv_heads: 2,
+            head_dim: 8,
+            vocab_size: 64,
+            max_seq_len: 2048,
+            norm_eps: 1e-5,
+            rope_theta: 1e4,
+            rope_scaling: None,
+            tie_embeddings: true,
+            qkv_bias: false,
+            qk_norm: false,
+        };
+        let mut config = DistillConfig {
+            context: 1300,
+            routing: RoutingConfig { window: 8, top_k: 56, route_every: 16, ..RoutingConfig::default() },
+            budgets: vec![64],
+            documents_per_step: 3,
+            ..DistillConfig::default()
+        };
+        config.schedule.noise = 0.0;
+        config.stage3.noise = 0.0;
+        config.stage3.adversarial_share = 0.5;
+        config.stage0.readers_from = 16;
+        let mut rng = Rng::new(4);
+        let lens = [1300, 1100, 1210, 1170, 1250, 1130];
+        let texts = lens.map(|len| (0..len).map(|_| rng.below(64) as u32).collect()).to_vec();
+        let mut run = Distiller::new(Decoder::random(&model, 9), None, config, Documents::new(texts, 600).unwrap()).unwrap();
+        // Gates that prefer some keys; without them only the recency of a key would count.
+        for layer in &mut run.model.layers {
+            let gate = Arc::make_mut(layer).gate.as_mut().unwrap();
+            gate.weight.value = rng.normal_tensor(gate.weight.value.shape().to_vec());
+            gate.weight.value.f32_mut().iter_mut().for_each(|w| *w *= 0.3);
+        }
+        run.split.documents = documents;
+        run
+    }
+
+    #[test]
+    fn a_ragged_batch_learns_what_its_documents_teach_one_by_one() {
+        for work in [Work::EndToEnd(0), Work::Logits(0), Work::LogitsAll(0), Work::Generalise(0)] {
+            let of = |documents: usize| {
+                let mut run = distiller(documents);
+                run.model.set_trainable(|name| work == Work::LogitsAll(0) || is_gate(name));
+                let routing = RoutingConfig { gate_temperature: 0.5, ..run.config.routing };
+                let lens: Vec<usize> = (0..3).map(|which| run.document(which).len()).collect();
+                assert!(lens.iter().any(|len| *len != lens[0]), "{lens:?} is not ragged");
+                run.learn(&Step { work, step: 0, steps: 1, plan: run.student_plan(routing, None) })
+            };
+            let (alone, together, in_two) = (of(1), of(3), of(2));
+            for all in [together, in_two] {
+                assert_eq!((all.tokens, all.grads.len()), (alone.tokens, alone.grads.len()), "{work:?}");
+                assert!((all.shown / alone.shown - 1.0).abs() < 1e-5, "{work:?}: loss {} and {}", all.shown, alone.shown);
+                for (name, gradient) in &all.grads {
+                    let expected = alone.grads[name].f32();
+                    let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| (x as f64).powi(2)).sum::<f64>().sqrt();
+                    let size = norm(&mut expected.iter().copied());
+                    let error = norm(&mut gradient.f32().iter().zip(expected).map(|(a, b)| a - b));
+                    assert!(size > 0.0 && error <= 1e-4 * size, "{work:?}: gradient of {name} is off by {error:e} of {size:e}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn an_attack_follows_the_gradient_and_has_one_length() {

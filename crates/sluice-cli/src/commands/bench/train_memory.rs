@@ -48,7 +48,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         };
         let setup = Setup::named(config, context)?;
         for checkpoint in [false, true] {
-            let predicted = train_memory::dense(&setup.model, setup.batch, setup.context, checkpoint);
+            let predicted =
+                train_memory::dense(&setup.model, setup.batch, setup.context, if checkpoint { setup.model.n_layers } else { 0 });
             let measured_peak_bytes = measure(&setup, checkpoint)?;
             let ratio = measured_peak_bytes as f64 / predicted.peak_bytes as f64;
             rows.push(Row { config: config.to_string(), measured_peak_bytes, ratio, predicted });
@@ -99,7 +100,7 @@ fn table(rows: &[Row]) -> String {
             "| {config} | {} x {} | {} | {} | {} | {} | {} | {} | {} | {ratio:.3} |",
             p.batch,
             grouped(p.context as u64),
-            if p.checkpoint { "on" } else { "off" },
+            if p.recompute > 0 { "on" } else { "off" },
             mib(p.parameter_bytes + p.gradient_bytes + p.moment_bytes),
             mib(p.saved_bytes),
             mib(p.layer.iter().map(|op| op.bytes).sum()),

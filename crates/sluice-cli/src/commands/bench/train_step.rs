@@ -101,7 +101,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     // The same batch over and over, or text from random weights: a step that learns must bring the loss down.
     ensure!(last_loss < first_loss, "the loss went from {first_loss} to {last_loss}: this step does not learn");
     let tokens = (setup.batch * setup.context) as f64;
-    let predicted = train_memory::dense(&setup.model, setup.batch, setup.context, args.checkpoint);
+    let predicted = train_memory::dense(&setup.model, setup.batch, setup.context, if args.checkpoint { setup.model.n_layers } else { 0 });
     // The count knows dense attention and f32 alone.
     let predicted_peak =
         (routing.is_none() && device.gpu().is_none_or(|gpu| gpu.precision().activations() == DType::F32)).then_some(predicted.peak_bytes);

@@ -1,0 +1,79 @@
+//! The counted peak of a distillation step against the measured one. Alone in its file: the counters are process-wide.
+
+use sluice_model::Decoder;
+use sluice_spec::{Architecture, ModelConfig, RoutingConfig};
+use sluice_tensor::memory;
+use sluice_testkit::Rng;
+use sluice_train::distill::{Distiller, Split};
+use sluice_train::distill_config::DistillConfig;
+use sluice_train::documents::Documents;
+
+/// Largest relative difference; what the count leaves out (`train_memory`'s first lines) is below it.
+const TOLERANCE: f64 = 0.06;
+
+const CONTEXT: usize = 1400;
+
+fn distiller(all_weights: bool) -> Distiller {
+    let model = ModelConfig {
+        architecture: Architecture::Llama,
+        n_layers: 6,
+        d_model: 64,
+        d_ff: 192,
+        n_heads: 4,
+        n_kv_heads: 2,
+        head_dim: 16,
+        vocab_size: 512,
+        max_seq_len: 2048,
+        norm_eps: 1e-5,
+        rope_theta: 1e4,
+        rope_scaling: None,
+        tie_embeddings: true,
+        qkv_bias: false,
+        qk_norm: false,
+    };
+    let mut config = DistillConfig {
+        context: CONTEXT,
+        routing: RoutingConfig { window: 16, top_k: 48, route_every: 16, ..RoutingConfig::default() },
+        budgets: vec![64, 128],
+        documents_per_step: 3,
+        ..DistillConfig::default()
+    };
+    config.keep_stages(&[2]);
+    (config.stage2.gate_steps, config.stage2.all_steps) = if all_weights { (0, 2) } else { (2, 0) };
+    let mut rng = Rng::new(4);
+    let documents = (0..4).map(|_| (0..CONTEXT + 9).map(|_| rng.below(512) as u32).collect()).collect();
+    Distiller::new(Decoder::random(&model, 9), None, config, Documents::new(documents, CONTEXT).unwrap()).unwrap()
+}
+
+#[test]
+fn predicted_peak_is_the_measured_one() {
+    for all_weights in [false, true] {
+        let mut peaks = Vec::new();
+        for split in [(3, 0), (3, 4), (3, 6), (1, 6)].map(|(documents, recompute)| Split { documents, recompute }) {
+            let before = memory::current_bytes();
+            let mut run = distiller(all_weights);
+            run.split = split;
+            run.step().unwrap();
+            memory::reset_peak();
+            run.step().unwrap();
+            let measured = (memory::peak_bytes() - before) as f64;
+            let predicted = run.predicted_peak(split) as f64;
+            peaks.push((measured / predicted, split));
+
+            // A budget of exactly what a split needs gives that split; the largest is found first.
+            run.fit_memory(run.predicted_peak(split)).unwrap();
+            assert!(
+                run.predicted_peak(run.split) <= run.predicted_peak(split) && run.split.documents >= split.documents,
+                "{:?} for {split:?}",
+                run.split
+            );
+        }
+        for (ratio, split) in peaks {
+            assert!((ratio - 1.0).abs() <= TOLERANCE, "all weights {all_weights}, {split:?}: measured over predicted {ratio:.4}");
+        }
+    }
+    let mut run = distiller(false);
+    let least = run.predicted_peak(Split { documents: 1, recompute: 6 });
+    let error = run.fit_memory(least - 1).unwrap_err().to_string();
+    assert!(error.contains(&least.to_string()) && error.contains("lower `context`"), "{error}");
+}
