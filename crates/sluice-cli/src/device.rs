@@ -8,6 +8,8 @@ use sluice_spec::ModelConfig;
 use sluice_tensor::cuda::{Gpu, Libraries, Options, Precision, list};
 use sluice_tensor::{DType, Device};
 
+use crate::progress;
+
 /// Where to compute: the options that commands with a GPU path share.
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct DeviceArgs {
@@ -35,6 +37,25 @@ impl DeviceArgs {
             );
         }
         Ok(device)
+    }
+}
+
+/// What a training step may hold: the option of commands that train.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub(crate) struct MemoryArgs {
+    /// Most that a training step may hold, for instance 24GiB: layers run again in the backward pass, and documents go one by one, as
+    /// far as it takes [on a GPU: nine tenths of what is free there; on the CPU: as the settings say]
+    #[arg(long, value_name = "SIZE", value_parser = progress::parse_bytes)]
+    memory: Option<u64>,
+}
+
+impl MemoryArgs {
+    /// Bytes that a training step may hold, the model included; none if nobody sets a limit.
+    pub(crate) fn budget(self, device: &Device) -> Result<Option<u64>> {
+        let Some(gpu) = device.gpu().filter(|_| self.memory.is_none()) else { return Ok(self.memory) };
+        let held = gpu.held()?;
+        // The rest is for what no count knows: kernels' code, workspaces, gaps between blocks.
+        Ok(Some((held.total - held.others) as u64 / 10 * 9))
     }
 }
 

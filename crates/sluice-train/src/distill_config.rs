@@ -23,8 +23,8 @@ pub struct DistillConfig {
     pub budgets: Vec<usize>,
     /// Documents whose gradients are averaged into one update, in the stages that pass through the stack.
     pub documents_per_step: usize,
-    /// Keep only the residual stream between layers in those stages and recompute the rest in backward, unless a memory budget decides
-    /// how many layers do (`--memory`, and always on a GPU).
+    /// Keep only the residual stream between layers in those stages and recompute the rest in backward. Where a memory budget decides
+    /// how many layers do (`--memory`, and always on a GPU), this is not read.
     pub checkpoint: bool,
     /// Closed form.
     pub stage0: Stage0,

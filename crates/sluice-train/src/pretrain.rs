@@ -5,10 +5,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use sluice_autograd::Tape;
 use sluice_kernels::adamw;
+use sluice_model::train_memory::{self, StepShape};
 use sluice_model::{AttentionPlan, Decoder, Forward};
 use sluice_spec::ModelConfig;
 use sluice_tensor::Device;
@@ -183,6 +184,29 @@ impl Pretrainer {
         model.set_trainable(|_| true);
         let recompute = if config.checkpoint { config.model.n_layers } else { 0 };
         Self { model, config, attention: AttentionPlan::dense(), recompute, step: 0, optimizer: Optimizer::default() }
+    }
+
+    /// The fewest layers that run again so that no step holds more than `budget` bytes, counted from shapes; gives back that count.
+    pub fn fit_memory(&mut self, budget: u64) -> Result<u64> {
+        let (model, device) = (&self.config.model, self.model.device());
+        let Some(largest) = self.config.phases.iter().max_by_key(|phase| phase.batch * phase.context) else { return Ok(0) };
+        let peak = |recompute| {
+            let shape = StepShape::on(&device, largest.batch, largest.context, recompute);
+            train_memory::step(model, &shape).peak_bytes
+        };
+        let found = (0..=model.n_layers).map(|recompute| (recompute, peak(recompute))).find(|(_, peak)| *peak <= budget);
+        let (recompute, peak) = found.with_context(|| {
+            format!(
+                "a step on {} x {} tokens needs {} MiB even with every layer run again, and {} MiB are allowed; lower `batch` or `context`, \
+                 or allow more (--memory)",
+                largest.batch,
+                largest.context,
+                peak(model.n_layers).div_ceil(1 << 20),
+                budget >> 20
+            )
+        })?;
+        self.recompute = recompute;
+        Ok(peak)
     }
 
     /// Go on on another device.

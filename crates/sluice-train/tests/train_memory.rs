@@ -28,6 +28,18 @@ fn predicted_peak_is_the_measured_one_and_no_choice_of_layers_changes_a_bit() {
             assert!(measured[1].0 < 0.9 * measured[0].0 && measured[2].0 < 0.6 * measured[0].0, "{:?}", measured.map(|m| m.0));
         }
     }
+    check_that_a_budget_is_met_by_the_fewest_layers_that_run_again();
+}
+
+fn check_that_a_budget_is_met_by_the_fewest_layers_that_run_again() {
+    let mut trainer = trainer(3, 256);
+    for recompute in [0, 2, 6] {
+        let counted = train_memory::dense(&config(), 3, 256, recompute).peak_bytes;
+        assert_eq!((trainer.fit_memory(counted).unwrap(), trainer.recompute), (counted, recompute));
+    }
+    let least = train_memory::dense(&config(), 3, 256, 6).peak_bytes;
+    let error = trainer.fit_memory(least - 1).unwrap_err().to_string();
+    assert!(error.contains(&format!("3 x 256 tokens needs {} MiB", least.div_ceil(1 << 20))), "{error}");
 }
 
 fn config() -> ModelConfig {
@@ -50,17 +62,21 @@ fn config() -> ModelConfig {
     }
 }
 
-/// Peak of the second step, and the bits of all weights after it.
-fn measure(batch: usize, context: usize, recompute: usize) -> (f64, Vec<u32>) {
-    let before = memory::current_bytes();
-    let mut trainer = Pretrainer::new(TrainConfig {
+fn trainer(batch: usize, context: usize) -> Pretrainer {
+    Pretrainer::new(TrainConfig {
         seed: 1,
         model: config(),
         optimizer: Default::default(),
         data: DataConfig { recall_share: 0.0, answer_weight: 1.0, text: Vec::new() },
         phases: vec![Phase { steps: 2, context, batch, copy_share: 0.0, drill: false }],
         checkpoint: false,
-    });
+    })
+}
+
+/// Peak of the second step, and the bits of all weights after it.
+fn measure(batch: usize, context: usize, recompute: usize) -> (f64, Vec<u32>) {
+    let before = memory::current_bytes();
+    let mut trainer = trainer(batch, context);
     trainer.recompute = recompute;
     let sequence = |row: u32| ((0..=context as u32).map(|i| (i * 37 + row * 11) % 512).collect(), vec![1.0; context + 1]);
     let data = Batch::of(&(0..batch as u32).map(sequence).collect::<Vec<_>>());

@@ -4,14 +4,15 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use sluice_eval::report::StepMemory;
 use sluice_model::checkpoint::{export_hf, save_gates};
 use sluice_model::{Policy, cost};
 use sluice_spec::RoutingConfig;
-use sluice_tensor::DType;
-use sluice_train::distill::{Distiller, StepReport};
+use sluice_tensor::{DType, memory};
+use sluice_train::distill::{Distiller, Split, StepReport};
 use sluice_train::distill_config::DistillConfig;
 
-use crate::device::{self, DeviceArgs};
+use crate::device::{self, DeviceArgs, MemoryArgs};
 use crate::distill_data::DistillData;
 use crate::distill_report::{self, ReportPlan};
 use crate::models::{self, TINY};
@@ -65,6 +66,8 @@ pub(crate) struct Args {
     no_report: bool,
     #[command(flatten)]
     device: DeviceArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Print what the run would take and stop
     #[arg(long)]
     dry_run: bool,
@@ -103,11 +106,28 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     eprintln!("{}", toml_of(&config)?);
     let mut distiller =
         Distiller::new(loaded.model.clone().to(&device), teacher.map(|t| t.model.to(&device)), config, data.training.clone())?;
+    if let Some(budget) = args.memory.budget(&device)? {
+        distiller.fit_memory(budget)?;
+    }
+    let counted = distiller.predicted_peak(distiller.split);
+    let Split { documents, recompute } = distiller.split;
+    eprintln!(
+        "memory: a step through the stack holds {}; documents at a time: {documents} of {}, layers that run again: {recompute} of {}",
+        progress::bytes(counted),
+        distiller.config.documents_per_step,
+        distiller.model.config.n_layers
+    );
     if args.resume && distiller.resume(&state)? {
         let (done, all) = distiller.progress();
         eprintln!("continuing after {done} of {all} items");
     }
-    work_through(&mut distiller, &state)?;
+    let measured = work_through(&mut distiller, &state)?;
+    let step_memory = measured.map(|measured| StepMemory {
+        documents_at_a_time: documents,
+        recomputed_layers: recompute,
+        counted_peak_bytes: counted,
+        measured_peak_bytes: measured as u64,
+    });
 
     let routing = RoutingConfig { gate_temperature: 0.0, ..distiller.config.routing };
     let note = format!("sluice distill --teacher {}, seed {}", args.teacher, distiller.config.seed);
@@ -122,7 +142,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if !args.no_report {
         let windows = args.eval_windows.unwrap_or(if args.teacher == TINY { 6 } else { 2 });
         let plan = ReportPlan { windows, policies: args.eval_policy.clone(), measured: args.out.join("measured") };
-        let report = distill_report::measure(&args.teacher, &loaded, &distiller, &data, &plan, started)?;
+        let mut report = distill_report::measure(&args.teacher, &loaded, &distiller, &data, &plan, started)?;
+        report.run.step_memory = step_memory;
         report.write(&args.out)?;
         if args.json {
             println!("{}", report.to_json());
@@ -167,12 +188,19 @@ fn settings(args: &Args, has_gates: bool) -> Result<DistillConfig> {
     Ok(config)
 }
 
-fn work_through(distiller: &mut Distiller, state: &std::path::Path) -> Result<()> {
+/// Do what is left of the plan. Gives back the largest number of bytes that steps through the stack held on their device, if there were any.
+fn work_through(distiller: &mut Distiller, state: &std::path::Path) -> Result<Option<usize>> {
     let (done, all) = distiller.progress();
     let bar = progress::bar(all as u64, "items");
     bar.set_position(done as u64);
-    let mut saved = Instant::now();
-    while let Some(report) = distiller.step()? {
+    let device = distiller.model.device();
+    let (mut saved, mut is_measuring) = (Instant::now(), false);
+    while let Some(work) = distiller.next_work() {
+        if work.passes_through_the_stack() && !is_measuring {
+            is_measuring = true;
+            device.gpu().map_or_else(memory::reset_peak, |gpu| gpu.reset_peak());
+        }
+        let Some(report) = distiller.step()? else { break };
         bar.inc(1);
         bar.set_message(shown(&report));
         if bar.is_hidden() {
@@ -185,7 +213,7 @@ fn work_through(distiller: &mut Distiller, state: &std::path::Path) -> Result<()
         }
     }
     bar.finish_and_clear();
-    Ok(())
+    Ok(is_measuring.then(|| device.gpu().map_or_else(memory::peak_bytes, |gpu| gpu.peak_bytes())))
 }
 
 fn shown(report: &StepReport) -> String {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use sluice_tensor::Device;
 use sluice_train::pretrain::{Pretrainer, TrainConfig, TrainStep};
 
-use crate::device::DeviceArgs;
+use crate::device::{DeviceArgs, MemoryArgs};
 use crate::progress;
 use crate::training_data::TrainingData;
 
@@ -27,6 +27,8 @@ pub(crate) struct Args {
     dry_run: bool,
     #[command(flatten)]
     device: DeviceArgs,
+    #[command(flatten)]
+    memory: MemoryArgs,
     /// Save every N steps
     #[arg(long, value_name = "N", default_value_t = 100)]
     save_every: u64,
@@ -49,7 +51,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let state = args.out.join("state.safetensors");
     let log = args.out.join("train.jsonl");
-    let mut trainer = Pretrainer::new(config).to(&args.device.open()?);
+    let device = args.device.open()?;
+    let mut trainer = Pretrainer::new(config).to(&device);
+    if let Some(budget) = args.memory.budget(&device)? {
+        let counted = trainer.fit_memory(budget)?;
+        let (again, layers) = (trainer.recompute, trainer.config.model.n_layers);
+        eprintln!("memory: a step holds {} of {}; {again} of {layers} layers run again", progress::bytes(counted), progress::bytes(budget));
+    }
     if args.resume && trainer.resume(&state)? {
         eprintln!("continuing at step {}", trainer.step);
     }

@@ -103,6 +103,9 @@ pub struct RunSummary {
     /// Largest memory of the process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_memory_bytes: Option<u64>,
+    /// What a training step holds on its device, and how it was made to fit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step_memory: Option<StepMemory>,
     /// When the run began, ISO 8601.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub started: String,
@@ -112,6 +115,19 @@ pub struct RunSummary {
     /// The command of the run.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub command: String,
+}
+
+/// What a training step holds on its device, and how it was made to fit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepMemory {
+    /// Documents that go through the stack together.
+    pub documents_at_a_time: usize,
+    /// Layers whose activations are computed again in the backward pass.
+    pub recomputed_layers: usize,
+    /// Largest number of bytes that a step holds, counted from shapes.
+    pub counted_peak_bytes: u64,
+    /// The same, measured.
+    pub measured_peak_bytes: u64,
 }
 
 /// One stage of a distillation run.

@@ -183,6 +183,18 @@ fn run(report: &Report) -> Option<Section> {
     fact("CPU", Some(run.cpu.clone()));
     fact("Threads", run.threads.map(|t| t.to_string()));
     fact("Peak memory", run.peak_memory_bytes.map(bytes));
+    fact(
+        "A training step holds",
+        run.step_memory.map(|m| {
+            format!(
+                "{} counted, {} measured; documents at a time: {}, layers that run again: {}",
+                bytes(m.counted_peak_bytes),
+                bytes(m.measured_peak_bytes),
+                m.documents_at_a_time,
+                m.recomputed_layers
+            )
+        }),
+    );
     fact("Started", Some(run.started.clone()));
     fact("Versions", Some(run.versions.iter().map(|(name, version)| format!("{name} {version}")).collect::<Vec<_>>().join(", ")));
     let mut parts = Vec::new();

@@ -35,6 +35,12 @@ fn made_up() -> Report {
             threads: Some(2),
             cpu: "AMD EPYC 9R14".into(),
             peak_memory_bytes: Some(3_412_000_000),
+            step_memory: Some(StepMemory {
+                documents_at_a_time: 2,
+                recomputed_layers: 0,
+                counted_peak_bytes: 2_100_000_000,
+                measured_peak_bytes: 2_150_000_000,
+            }),
             started: "2026-11-03T09:12:44Z".into(),
             versions: vec![("sluice".into(), "0.1.0".into()), ("rustc".into(), "1.95.0".into())],
             command: command.into(),

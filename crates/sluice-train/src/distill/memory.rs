@@ -4,9 +4,8 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 use sluice_model::train_memory::{self, StepShape};
 use sluice_spec::RoutingConfig;
-use sluice_tensor::DType;
 
-use super::{Distiller, Work};
+use super::Distiller;
 use crate::distill_config::DistillConfig;
 
 /// How the documents of a step go through the stack.
@@ -19,31 +18,34 @@ pub struct Split {
 }
 
 impl Split {
-    /// All documents at once, and the layers as the settings say.
+    /// One document after the other, and the layers as the settings say.
     pub(super) fn of(config: &DistillConfig, n_layers: usize) -> Self {
-        Self { documents: config.documents_per_step, recompute: if config.checkpoint { n_layers } else { 0 } }
+        Self { documents: 1, recompute: if config.checkpoint { n_layers } else { 0 } }
     }
 }
 
 impl Distiller {
-    /// The most documents at a time, and for them the fewest layers to run again, so that the stages that pass through the stack stay
-    /// within `budget` bytes. Says what is needed and what to lower when nothing does.
+    /// The fastest way for the stages that pass through the stack to stay within `budget` bytes: all documents of a step at once,
+    /// else in more batches, else one by one with the fewest layers that run again. Running a layer again costs a pass, a smaller
+    /// batch only launches. Says what is needed and what to lower when nothing fits.
     pub fn fit_memory(&mut self, budget: u64) -> Result<()> {
-        let (n_layers, mut documents) = (self.model.config.n_layers, self.config.documents_per_step);
-        loop {
-            match train_memory::fit(budget, n_layers, |recompute| self.predicted_peak(Split { documents, recompute })) {
-                Ok(recompute) => {
-                    self.split = Split { documents, recompute };
-                    return Ok(());
-                }
-                Err(_) if documents > 1 => documents = documents.div_ceil(2),
-                Err(train_memory::TooLarge { least }) => bail!(
-                    "a step of one document of {} tokens needs {least} bytes with every layer run again, and --memory allows {budget}; \
-                     lower `context`, or leave out `stage2.all_steps`, or give more memory",
-                    self.config.context
-                ),
-            }
+        let fewer = |documents: &usize| (*documents > 1).then(|| documents.div_ceil(2));
+        let batches = std::iter::successors(Some(self.config.documents_per_step), fewer).map(|documents| Split { documents, recompute: 0 });
+        let one_by_one = (1..=self.model.config.n_layers).map(|recompute| Split { documents: 1, recompute });
+        let splits: Vec<(Split, u64)> = batches.chain(one_by_one).map(|split| (split, self.predicted_peak(split))).collect();
+        if let Some((split, _)) = splits.iter().find(|(_, peak)| *peak <= budget) {
+            self.split = *split;
+            return Ok(());
         }
+        let least = splits.iter().map(|(_, peak)| *peak).min().expect("a step has a document");
+        bail!(
+            "a step on one document of {} tokens needs {} MiB even with every layer run again, and {} MiB are allowed; lower `context`, \
+             {}or allow more (--memory)",
+            self.config.context,
+            least.div_ceil(1 << 20),
+            budget >> 20,
+            if self.base_learns() { "set `stage2.all_steps` to 0, " } else { "" },
+        )
     }
 
     /// Bytes that a step of the stages through the stack holds at most, counted from shapes.
@@ -52,16 +54,10 @@ impl Distiller {
         let largest = config.budgets.iter().copied().chain([config.routing.kv_budget()]).max().expect("a chain of at least one");
         let routing = config.routing.with_kv_budget(largest).expect("budgets were validated");
         let top_k = routing.top_k + (config.schedule.overhang * routing.top_k as f32) as usize;
-        let device = self.model.device();
         let shape = StepShape {
-            batch: split.documents,
-            context: config.context,
-            recompute: split.recompute,
-            gpu: device.gpu().is_some(),
-            activations: device.gpu().map_or(DType::F32, |gpu| gpu.precision().activations()),
             routing: Some(RoutingConfig { top_k, ..routing }),
+            ..StepShape::on(&self.model.device(), split.documents, config.context, split.recompute)
         };
-        let base_learns = self.plan.iter().any(|work| matches!(work, Work::LogitsAll(_)));
-        train_memory::distillation(&self.model.config, &shape, base_learns, self.teacher.as_ref().map(|teacher| &teacher.config))
+        train_memory::distillation(&self.model.config, &shape, self.base_learns(), self.teacher.as_ref().map(|teacher| &teacher.config))
     }
 }

@@ -63,6 +63,11 @@ impl Work {
         }
     }
 
+    /// Whether the student's errors pass through its whole stack, as [`Split`] says.
+    pub fn passes_through_the_stack(self) -> bool {
+        !matches!(self, Self::Regress | Self::Solve | Self::LayerLocal(_))
+    }
+
     /// Name in reports and progress bars.
     pub fn name(self) -> &'static str {
         match self {
@@ -187,7 +192,7 @@ impl Distiller {
     /// Save everything that [`Self::resume`] needs.
     pub fn save(&self, path: &Path) -> Result<()> {
         let mut state = State::default();
-        let base_learns = self.plan.iter().any(|w| matches!(w, Work::LogitsAll(_)));
+        let base_learns = self.base_learns();
         for param in self.model.params() {
             if base_learns || is_gate(&param.name) {
                 state.tensors.insert(param.name.clone(), param.value.to(&Device::Cpu));
@@ -240,6 +245,11 @@ impl Distiller {
         report.seconds = started.elapsed().as_secs_f64();
         self.reports.push(report.clone());
         Ok(Some(report))
+    }
+
+    /// Whether the plan trains all weights at some point, not the gates alone.
+    fn base_learns(&self) -> bool {
+        self.plan.iter().any(|work| matches!(work, Work::LogitsAll(_)))
     }
 
     /// Number that the random choices for one document of the present item are drawn from.
