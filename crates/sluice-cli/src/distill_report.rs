@@ -104,6 +104,7 @@ fn summary(loaded: &Loaded, distiller: &Distiller, data: &DistillData, routing: 
         stage.seconds += report.seconds;
         stage.tokens += report.tokens as u64;
         stage.steps += u64::from(report.loss.is_some());
+        stage.host_waits += report.host_waits;
     }
     RunSummary {
         model: loaded.checkpoint.path.display().to_string(),

@@ -42,7 +42,7 @@ fn main() {
     let shared = random(&[1, t, 1]);
     let lens = [t];
     let positions: Vec<u32> = (0..SAMPLES).map(|i| (i * t.saturating_sub(HORIZON) / SAMPLES) as u32).collect();
-    let weights = vec![1.0 / t as f32; t];
+    let weights = sluice_tensor::Tensor::full(1.0 / t as f32, [t]).to(&device);
     let (_, lse) = dense_attention::fwd(&q, &k, &k, 0, &lens);
     let (key_weight, query_weight) = (attention_label::key_weight(&w_o, &k), attention_label::query_weight(&x));
     let budget = Budget { window: 128, top_k: 256, route_every: 64, n_sink: 4 };
@@ -75,8 +75,8 @@ fn main() {
     time("log rank", &mut || drop(log_rank::minus_log_rank(&labels)));
     time("ridge sums", &mut || sums.add(&x, 1e-5, &positions, &labels));
     let terms = Terms { rank: 0.1, spread: 1e-3, smooth: 0.0025 };
-    let rank = RankLabels { positions: &positions, labels: &labels, keep: 0.0625 };
-    time("gate loss and gradient", &mut || drop(gate_loss::fwd(&scores, &slopes, Some(&rank), &terms)));
+    let rank = [Some(RankLabels { positions: &positions, labels: &labels, keep: 0.0625 })];
+    time("gate loss and gradient", &mut || drop(gate_loss::fwd(&scores, &lens, &slopes, &rank, &terms)));
     time("relative error", &mut || drop(weighted_mse::fwd(&x, &other, &weights)));
     time("its gradient", &mut || drop(weighted_mse::bwd(&loss, &x, &other, &factors)));
     time("gate noise", &mut || drop(gumbel::add_noise(&scores, 7, 3, 1.0)));

@@ -32,6 +32,7 @@ mod row_chunks;
 pub mod selftest;
 mod simd;
 pub mod swiglu;
+pub mod token_weights;
 pub mod top_k_routing;
 mod vector_math;
 pub mod weighted_mse;

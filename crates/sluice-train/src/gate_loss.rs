@@ -25,11 +25,19 @@ impl Default for GateLossTerms {
     }
 }
 
-/// `rank L_rank + spread .. + smooth ..` of scores `[1, T, G]`, mean over keys and heads ([`gate_loss::fwd`]). `slopes` are the gate's.
+/// `rank L_rank + spread .. + smooth ..` of the first `lens[b]` scores `[B, T, G]`: the sum over the sequences of the means over keys and heads
+/// ([`gate_loss::fwd`]). `slopes` are the gate's, `ranks` has an element per sequence.
 #[track_caller]
-pub fn gate_loss(tape: &Tape, scores: &Var, slopes: &Tensor, rank: Option<RankLabels<'_>>, terms: &GateLossTerms) -> Var {
+pub fn gate_loss(
+    tape: &Tape,
+    scores: &Var,
+    lens: &[usize],
+    slopes: &Tensor,
+    ranks: &[Option<RankLabels<'_>>],
+    terms: &GateLossTerms,
+) -> Var {
     let &GateLossTerms { rank: of_rank, spread, smooth } = terms;
-    let (loss, grad) = gate_loss::fwd(scores.value(), slopes, rank.as_ref(), &Terms { rank: of_rank, spread, smooth });
+    let (loss, grad) = gate_loss::fwd(scores.value(), lens, slopes, ranks, &Terms { rank: of_rank, spread, smooth });
     tape.custom(&[scores], loss, move |upstream| {
         let mut grad = grad;
         adamw::scale_in_place_by(&mut grad, upstream);
@@ -46,7 +54,7 @@ mod tests {
     fn gradient_of_a_scaled_loss_equals_finite_differences() {
         let (scores, slopes) = (Rng::new(3).normal_tensor([1, 40, 2]), Tensor::from_vec(vec![0.5, 2.0], [2]));
         let terms = GateLossTerms { rank: 0.0, spread: 0.3, smooth: 0.2 };
-        let loss = |tape: &Tape, s: &Var| tape.scale(&gate_loss(tape, s, &slopes, None, &terms), 0.25);
+        let loss = |tape: &Tape, s: &Var| tape.scale(&gate_loss(tape, s, &[40], &slopes, &[None], &terms), 0.25);
         let tape = Tape::recording();
         let leaf = tape.leaf(scores.clone());
         let grads = tape.backward_scalar(&loss(&tape, &leaf));

@@ -28,20 +28,16 @@ impl Optimizer {
     }
 
     /// Step every trainable parameter that has a gradient, clipped to the global norm, and take that gradient out of `grads`.
-    /// `rate` is the learning rate of a parameter, already scheduled. Returns the norm before clipping;
-    /// with a norm that is not finite nothing is changed.
+    /// `rate` is the learning rate of a parameter, already scheduled. Returns the norm before clipping, `[]`, where the gradients are: who
+    /// reads it waits for the step. With a norm that is not finite no parameter and no moment changes.
     pub fn apply<'a>(
         &mut self,
         params: impl IntoIterator<Item = &'a mut Param>,
         grads: &mut BTreeMap<String, Tensor>,
         config: &OptimizerConfig,
         rate: impl Fn(&str) -> f32,
-    ) -> f64 {
-        let norm = adamw::global_norm(&grads.values().collect::<Vec<_>>());
-        if !norm.is_finite() {
-            return norm;
-        }
-        let grad_scale = if norm > config.clip as f64 { config.clip / norm as f32 } else { 1.0 };
+    ) -> Tensor {
+        let (norm, grad_scale) = adamw::global_norm(&grads.values().collect::<Vec<_>>(), config.clip);
         self.step += 1;
         for param in params.into_iter().filter(|p| p.trainable) {
             let Some(grad) = grads.remove(&param.name) else { continue };
@@ -50,16 +46,9 @@ impl Optimizer {
             let v = self.v.entry(param.name.clone()).or_insert_with(zeros);
             // Norms and biases are scales and offsets: pulling them to zero is not regularisation.
             let weight_decay = if param.value.shape().len() >= 2 { config.weight_decay } else { 0.0 };
-            let settings = AdamW {
-                lr: rate(&param.name),
-                beta1: config.beta1,
-                beta2: config.beta2,
-                eps: config.eps,
-                weight_decay,
-                grad_scale,
-                step: self.step,
-            };
-            adamw::step(&mut param.value, &grad, m, v, settings);
+            let settings =
+                AdamW { lr: rate(&param.name), beta1: config.beta1, beta2: config.beta2, eps: config.eps, weight_decay, step: self.step };
+            adamw::step(&mut param.value, &grad, m, v, &grad_scale, settings);
         }
         norm
     }

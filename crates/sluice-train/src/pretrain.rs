@@ -117,6 +117,9 @@ pub struct TrainStep {
     pub grad_norm: f64,
     /// Learning rate.
     pub lr: f32,
+    /// How often the host waited for a GPU before it read this report's figures at the end of the step.
+    #[serde(default)]
+    pub host_waits: u64,
     /// Seconds.
     pub seconds: f64,
 }
@@ -249,34 +252,41 @@ impl Pretrainer {
     /// One step on a batch: forward, backward, clip, AdamW.
     pub fn step(&mut self, batch: &Batch) -> Result<TrainStep> {
         let started = Instant::now();
+        let device = self.model.device();
+        let waits = || device.gpu().map_or(0, |gpu| gpu.waits());
+        let waits_before = waits();
         let tape = Tape::recording();
         let options = Forward { recompute: self.recompute, keep_layers: false };
         let hidden = self.model.forward(&tape, &batch.tokens, &batch.lens, &self.attention, options);
         let h = tape.reshape(&hidden.h, [batch.tokens.len(), self.config.model.d_model]);
         let sum: f32 = batch.weights.iter().sum();
         let weights: Vec<f32> = batch.weights.iter().map(|w| w / sum.max(1e-6)).collect();
-        let (loss, parts) = tape.cross_entropy(&h, &tape.param(self.model.head()), &batch.targets, &weights);
-        let value = parts.weighted_sum(&weights);
+        let (loss, queued) = tape.cross_entropy(&h, &tape.param(self.model.head()), &batch.targets, &weights);
         let mut grads = tape.backward_scalar(&loss).into_params();
         let c = &self.config.optimizer;
         let lr = c.lr * warm_up_cosine(self.step, self.config.steps(), c.warm_up, c.lr_floor);
         let grad_norm = self.optimizer.apply(self.model.params_mut(), &mut grads, c, |_| lr);
-        if !grad_norm.is_finite() {
-            bail!("the gradient of step {} is not finite; lower the learning rate", self.step);
-        }
         // A negative slope would prefer the past more the longer it is gone, and the order of keys would not be static.
         for gate in self.model.layers.iter_mut().filter_map(|layer| Arc::make_mut(layer).gate.as_mut()) {
             adamw::raise_to_zero(&mut gate.recency.value);
         }
+        // Everything is queued; from here on the host waits for what the report shows.
+        let host_waits = waits() - waits_before;
+        let grad_norm = grad_norm.item();
+        if !grad_norm.is_finite() {
+            bail!("the gradient of step {} is not finite; lower the learning rate", self.step);
+        }
+        let parts = queued.into_cross_entropy();
         let answers: Vec<f32> = batch.weights.iter().zip(&parts.nll).filter(|(w, _)| **w > 1.0).map(|(_, nll)| *nll).collect();
         let answer_loss = (!answers.is_empty()).then(|| answers.iter().sum::<f32>() / answers.len() as f32);
         let report = TrainStep {
             step: self.step,
             tokens: batch.lens.iter().sum(),
-            loss: value,
+            loss: parts.weighted_sum(&weights),
             answer_loss,
-            grad_norm,
+            grad_norm: grad_norm as f64,
             lr,
+            host_waits,
             seconds: started.elapsed().as_secs_f64(),
         };
         self.step += 1;

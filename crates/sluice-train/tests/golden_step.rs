@@ -90,7 +90,8 @@ fn step(golden: &Golden, model: &Decoder, checkpoint: bool) -> Step {
     let targets: Vec<u32> = (0..tokens.len()).map(|i| if scored(i) { tokens[i + 1] } else { 0 }).collect();
     let flat = tape.reshape(&h, [tokens.len(), model.config.d_model]);
     let (loss, parts) = tape.cross_entropy(&flat, &tape.param(model.head()), &targets, &weights);
-    Step { loss: loss.value().item(), nll: parts.nll, hidden: flat.value().clone(), grads: tape.backward_scalar(&loss).into_params() }
+    let nll = parts.into_cross_entropy().nll;
+    Step { loss: loss.value().item(), nll, hidden: flat.value().clone(), grads: tape.backward_scalar(&loss).into_params() }
 }
 
 fn check(name: &str) {
@@ -135,8 +136,8 @@ fn check(name: &str) {
         for param in model.params_mut() {
             let zeros = || Tensor::zeros(param.value.shape());
             let (m, v) = moments.entry(param.name.clone()).or_insert_with(|| (zeros(), zeros()));
-            let settings = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.01, grad_scale: 1.0, step: i };
-            adamw::step(&mut param.value, &grads[&param.name], m, v, settings);
+            let settings = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.01, step: i };
+            adamw::step(&mut param.value, &grads[&param.name], m, v, &Tensor::scalar(1.0), settings);
         }
     }
     assert_close("ten AdamW losses", &losses, golden.tensors["adamw_losses"].f32(), 2e-4);

@@ -1,25 +1,24 @@
 //! Losses. Each returns its weighted sum as a scalar where its inputs are; the caller normalises. Backward passes take the
 //! gradient of the scalar without reading it, so on a GPU nothing waits.
 
-use sluice_kernels::output_head::{self, CrossEntropy, Distill, DistillTerms, Wanted};
+use sluice_kernels::output_head::{self, DistillTerms, Queued, RowWeights, Wanted};
 use sluice_kernels::{adamw, weighted_mse};
 use sluice_tensor::Tensor;
 
 use crate::tape::{Tape, Var};
 
 impl Tape {
-    /// `sum_i weights[i] nll_i` of `h [n, M]` projected by `w [V, M]`, and the figures per row. Gradients are
+    /// `sum_i weights[i] nll_i` of `h [n, M]` projected by `w [V, M]`, and the figures per row, to be read later. Gradients are
     /// computed with the loss, in one pass over the logits.
     #[track_caller]
-    pub fn cross_entropy(&self, h: &Var, w: &Var, targets: &[u32], weights: &[f32]) -> (Var, CrossEntropy) {
-        let mut rows = output_head::cross_entropy(h.value(), w.value(), targets, weights, self.wanted_of_head(h, w));
-        let sum = rows.weighted_sum(weights);
-        let loss = self.with_gradients(h, w, sum, rows.dh.take(), rows.dw.take());
-        (loss, rows)
+    pub fn cross_entropy(&self, h: &Var, w: &Var, targets: &[u32], weights: &[f32]) -> (Var, Queued) {
+        let weights = RowWeights::of(weights, &h.value().device());
+        let queued = output_head::queue_cross_entropy(h.value(), w.value(), targets, &weights, self.wanted_of_head(h, w));
+        self.with_gradients(h, w, queued)
     }
 
     /// `sum_i weights[i] loss_i` of the student `h [n, M_s]`, `w [V, M_s]` against a teacher's `h_t [n, M_t]`,
-    /// `w_t [V, M_t]`, and the figures per row.
+    /// `w_t [V, M_t]`, and the figures per row, to be read later.
     #[track_caller]
     pub fn distill(
         &self,
@@ -28,19 +27,16 @@ impl Tape {
         h_t: &Tensor,
         w_t: &Tensor,
         targets: Option<&[u32]>,
-        weights: &[f32],
+        weights: &RowWeights,
         terms: DistillTerms,
-    ) -> (Var, Distill) {
+    ) -> (Var, Queued) {
         let wanted = self.wanted_of_head(h, w);
-        let mut rows = output_head::distill(h.value(), w.value(), h_t, w_t, targets, weights, terms, wanted);
-        let sum = rows.weighted_sum(weights, &terms);
-        let loss = self.with_gradients(h, w, sum, rows.dh.take(), rows.dw.take());
-        (loss, rows)
+        self.with_gradients(h, w, output_head::queue_distill(h.value(), w.value(), h_t, w_t, targets, weights, terms, wanted))
     }
 
-    /// `sum_i weights[i] |a_i - b_i|^2 / |b_i|^2` over the rows of `a` and the constant `b`, both `[.., M]`.
+    /// `sum_i weights[i] |a_i - b_i|^2 / |b_i|^2` over the rows of `a` and the constant `b`, both `[.., M]`; `weights [rows]`.
     #[track_caller]
-    pub fn weighted_mse_rows(&self, a: &Var, b: &Tensor, weights: &[f32]) -> Var {
+    pub fn weighted_mse_rows(&self, a: &Var, b: &Tensor, weights: &Tensor) -> Var {
         let (loss, factors) = weighted_mse::fwd(a.value(), b, weights);
         let (a_value, b) = (a.value().clone(), b.clone());
         self.custom(&[a], loss, move |dy| vec![Some(weighted_mse::bwd(dy, &a_value, &b, &factors))])
@@ -51,10 +47,11 @@ impl Tape {
         Wanted { input: self.wants(h), weight: self.wants(w) }
     }
 
-    /// A scalar whose gradients are known already.
+    /// The loss, whose gradients are known already, and the rest.
     #[track_caller]
-    fn with_gradients(&self, h: &Var, w: &Var, sum: f32, dh: Option<Tensor>, dw: Option<Tensor>) -> Var {
-        self.custom(&[h, w], Tensor::scalar(sum).to(&h.value().device()), move |dy| {
+    fn with_gradients(&self, h: &Var, w: &Var, mut queued: Queued) -> (Var, Queued) {
+        let (dh, dw) = (queued.dh.take(), queued.dw.take());
+        let loss = self.custom(&[h, w], queued.loss.clone(), move |dy| {
             [dh, dw]
                 .map(|gradient| {
                     let mut gradient = gradient?;
@@ -62,6 +59,7 @@ impl Tape {
                     Some(gradient)
                 })
                 .into()
-        })
+        });
+        (loss, queued)
     }
 }

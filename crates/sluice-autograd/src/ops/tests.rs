@@ -1,11 +1,11 @@
 //! Every op inside a composed net, against finite differences; kernels have their own tests, these are about the
 //! wiring: which gradient goes to which input, and what is left out.
 
-use sluice_kernels::output_head::DistillTerms;
+use sluice_kernels::output_head::{DistillTerms, RowWeights};
 use sluice_kernels::rope::RopeStyle;
 use sluice_kernels::routed_attention::PlacedRouting;
 use sluice_kernels::top_k_routing::{self, Budget};
-use sluice_tensor::Tensor;
+use sluice_tensor::{Device, Tensor};
 use sluice_testkit::{Rng, assert_close, check_gradient, probe_weights};
 
 use crate::{Param, Tape, Var};
@@ -143,9 +143,10 @@ fn losses() {
     let terms =
         DistillTerms { kl: 1.0, ce: 0.3, boundary: 0.2, temperature: 1.5, margin_cap: 50.0, boundary_delta: 2.0, boundary_width: 2.0 };
     check("distill", &inputs(8, [&[4, 5], &[7, 5]]), |tape, v| {
-        tape.distill(&v[0], &v[1], &h_t, &w_t, Some(&[0, 6, 2, 3]), &weights, terms).0
+        tape.distill(&v[0], &v[1], &h_t, &w_t, Some(&[0, 6, 2, 3]), &RowWeights::of(&weights, &Device::Cpu), terms).0
     });
     let [b] = inputs(9, [&[4, 5]]);
+    let weights = Tensor::from_vec(weights.to_vec(), [4]);
     check("weighted_mse_rows", &inputs(10, [&[4, 5]]), |tape, v| tape.scale(&tape.weighted_mse_rows(&tape.gelu(&v[0]), &b, &weights), 3.0));
 }
 
@@ -153,7 +154,7 @@ fn losses() {
 fn mse_of_rows_is_relative_and_skips_rows_of_weight_zero() {
     let tape = Tape::recording();
     let a = tape.leaf(Tensor::from_vec(vec![2.0, 0.0, 1.0, 1.0], [2, 2]));
-    let loss = tape.weighted_mse_rows(&a, &Tensor::from_vec(vec![1.0, 1.0, 0.0, 0.0], [2, 2]), &[3.0, 0.0]);
+    let loss = tape.weighted_mse_rows(&a, &Tensor::from_vec(vec![1.0, 1.0, 0.0, 0.0], [2, 2]), &Tensor::from_vec(vec![3.0, 0.0], [2]));
     assert_eq!(loss.value().item(), 3.0);
     assert_eq!(tape.backward_scalar(&loss).of(&a).unwrap().f32(), [3.0, -3.0, 0.0, 0.0]);
 }
@@ -163,6 +164,7 @@ fn loss_equals_the_weighted_sum_of_its_rows() {
     let [h, w] = inputs(11, [&[4, 5], &[7, 5]]);
     let tape = Tape::frozen();
     let (loss, rows) = tape.cross_entropy(&tape.constant(h), &tape.constant(w), &[0, 6, 2, 3], &[1.0, 0.5, 0.0, 2.0]);
+    let rows = rows.into_cross_entropy();
     assert_close("sum", &[loss.value().item()], &[rows.nll[0] + 0.5 * rows.nll[1] + 2.0 * rows.nll[3]], 1e-6);
 }
 

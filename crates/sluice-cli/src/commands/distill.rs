@@ -122,6 +122,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         eprintln!("continuing after {done} of {all} items");
     }
     let measured = work_through(&mut distiller, &state)?;
+    if let Some(measured) = measured {
+        let waits: u64 = distiller.reports.iter().filter(|report| report.loss.is_some()).map(|report| report.host_waits).sum();
+        eprintln!("memory: a step through the stack held {}; waits of the host inside steps: {waits}", progress::bytes(measured as u64));
+    }
     let step_memory = measured.map(|measured| StepMemory {
         documents_at_a_time: documents,
         recomputed_layers: recompute,

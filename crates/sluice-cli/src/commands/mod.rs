@@ -18,4 +18,5 @@ pub(crate) mod serve;
 
 pub(crate) mod bench;
 pub(crate) mod devices;
+mod host_waits;
 pub(crate) mod selftest;

@@ -7,6 +7,7 @@ use sluice_tensor::Device;
 use sluice_tensor::cuda::{CudaError, Gpu};
 
 use super::devices::cpu_name;
+use super::host_waits;
 use crate::device::DeviceArgs;
 
 /// Arguments of `sluice selftest`.
@@ -28,12 +29,23 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let device = args.device.open()?;
     let mut outcomes = Vec::new();
-    if let Some(op) = &args.op {
-        ensure!(selftest::ops().any(|known| known == op), "no op {op}; there are {}", selftest::ops().collect::<Vec<_>>().join(", "));
+    let only = args.op.as_deref();
+    if let Some(op) = only {
+        let mut all = selftest::ops().chain([host_waits::OP]);
+        ensure!(
+            all.any(|known| known == op),
+            "no op {op}; there are {}",
+            selftest::ops().chain([host_waits::OP]).collect::<Vec<_>>().join(", ")
+        );
     }
-    selftest::run(&device, args.op.as_deref(), |outcome| outcomes.push(outcome));
-    if let (Device::Cuda(gpu), None) = (&device, &args.op) {
-        outcomes.push(memory_outcome(gpu));
+    selftest::run(&device, only, |outcome| outcomes.push(outcome));
+    if let Device::Cuda(gpu) = &device {
+        if only.is_none_or(|op| op == host_waits::OP) {
+            outcomes.extend(host_waits::outcomes(gpu)?);
+        }
+        if only.is_none() {
+            outcomes.push(memory_outcome(gpu));
+        }
     }
     let failed: Vec<&Outcome> = outcomes.iter().filter(|o| !o.passes()).collect();
     let (name, precision) = match &device {

@@ -145,6 +145,9 @@ pub struct StageRun {
     pub tokens: u64,
     /// Optimizer steps; 0 for a closed form.
     pub steps: u64,
+    /// How often the host waited for a GPU inside all these items together, before their figures were read.
+    #[serde(default)]
+    pub host_waits: u64,
 }
 
 /// Loss above dense at several budgets, on one text.

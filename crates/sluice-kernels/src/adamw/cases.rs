@@ -7,7 +7,9 @@ use super::{AdamW, global_norm, naive, raise_to_zero, scale_in_place, scale_in_p
 use crate::row_chunks::CHUNK;
 use crate::selftest::Check;
 
-const SETTINGS: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, grad_scale: 0.7, step: 1 };
+const SETTINGS: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 1 };
+
+const GRAD_SCALE: f32 = 0.7;
 
 /// `(elements, steps, tolerance)`: every step rounds once more.
 const CASES: &[(usize, u64, f64)] =
@@ -20,14 +22,15 @@ pub(crate) fn run(check: &mut Check<'_>) {
         let start = rng.normal_tensor([n]);
         let mut param = check.put(&start);
         let kept = param.clone();
+        let grad_scale = check.put(&Tensor::scalar(GRAD_SCALE));
         let (mut m, mut v) = (Tensor::zeros_on(check.device(), [n]), Tensor::zeros_on(check.device(), [n]));
         let mut want: Vec<(f64, f64, f64)> = start.f32().iter().map(|&p| (p as f64, 0.0, 0.0)).collect();
         for number in 1..=n_steps {
             let grad = rng.normal_tensor([n]);
             let settings = AdamW { step: number, ..SETTINGS };
-            step(&mut param, &check.put(&grad), &mut m, &mut v, settings);
+            step(&mut param, &check.put(&grad), &mut m, &mut v, &grad_scale, settings);
             for (want, &g) in want.iter_mut().zip(grad.f32()) {
-                *want = naive::step(want.0, g as f64, want.1, want.2, &settings);
+                *want = naive::step(want.0, g as f64, want.1, want.2, GRAD_SCALE as f64, &settings);
             }
         }
         let column = |f: fn(&(f64, f64, f64)) -> f64| -> Vec<f64> { want.iter().map(f).collect() };
@@ -39,9 +42,20 @@ pub(crate) fn run(check: &mut Check<'_>) {
     }
     let (a, b) = (Rng::new(5).normal_tensor([100_001]), Rng::new(6).normal_tensor([7]));
     check.case("adamw", "norm and scale");
-    let norm = global_norm(&[&check.put(&a), &check.put(&b)]);
     let want = a.f32().iter().chain(b.f32()).map(|&x| x as f64 * x as f64).sum::<f64>().sqrt();
-    check.require("global norm", (norm - want).abs() <= 1e-9 * want);
+    for (clip, want_factor) in [(1.0, 1.0 / want), (1e4, 1.0)] {
+        let (norm, factor) = global_norm(&[&check.put(&a), &check.put(&b)], clip);
+        check.compare("global norm", &norm, &[want], 1e-7);
+        check.compare("factor that clips", &factor, &[want_factor], 2e-7);
+    }
+    let (norm, factor) = global_norm(&[&check.put(&a), &check.put(&Tensor::scalar(f32::INFINITY))], 1.0);
+    check.require("a norm that is not finite", norm.item() == f32::INFINITY && factor.item().is_nan());
+    let (mut param, mut m, mut v) = (check.put(&b), check.put(&b), check.put(&b));
+    step(&mut param, &check.put(&b), &mut m, &mut v, &factor, SETTINGS);
+    let unchanged = b.f32().iter().map(|&x| x as f64).collect::<Vec<_>>();
+    for (what, tensor) in [("param", param), ("m", m), ("v", v)] {
+        check.compare(what, &tensor, &unchanged, 0.0);
+    }
     let mut scaled = check.put(&a);
     scale_in_place(&mut scaled, 0.25);
     let want: Vec<f64> = a.f32().iter().map(|&x| x as f64 * 0.25).collect();

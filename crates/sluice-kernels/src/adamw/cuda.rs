@@ -1,4 +1,4 @@
-//! One pass over the four tensors of a step. The norm of all gradients costs one wait of the host, for all of them together.
+//! One pass over the four tensors of a step. The norm of all gradients stays where they are, and so does the factor that clips them.
 
 use std::sync::Arc;
 
@@ -6,14 +6,14 @@ use sluice_tensor::Tensor;
 use sluice_tensor::cuda::{Gpu, KernelSource, or_raise};
 
 use super::Factors;
-use crate::launch::{act_mut, formats, of_format, over_elements, run};
+use crate::launch::{act_mut, formats, of_format, output, over_elements, run};
 
 static SOURCES: [KernelSource; 2] = formats!("adamw", "adamw.cu");
 
 /// Blocks that share the squares of one tensor.
 const NORM_BLOCKS: usize = 264;
 
-pub(super) fn step(gpu: &Gpu, param: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, f: Factors) {
+pub(super) fn step(gpu: &Gpu, param: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, grad_scale: &Tensor, f: Factors) {
     let n = param.len();
     let args = [
         param.into(),
@@ -21,7 +21,7 @@ pub(super) fn step(gpu: &Gpu, param: &mut Tensor, grad: &Tensor, m: &mut Tensor,
         m.into(),
         v.into(),
         (n as u64).into(),
-        f.grad_scale.into(),
+        grad_scale.into(),
         f.keep.into(),
         f.beta2.into(),
         f.one_minus_beta1.into(),
@@ -34,8 +34,7 @@ pub(super) fn step(gpu: &Gpu, param: &mut Tensor, grad: &Tensor, m: &mut Tensor,
     unsafe { run(gpu, &SOURCES[0], "adamw_step", over_elements(n), &args) };
 }
 
-/// Sum of the squares of everything.
-pub(super) fn sum_of_squares(gpu: &Arc<Gpu>, tensors: &[&Tensor]) -> f64 {
+pub(super) fn global_norm(gpu: &Arc<Gpu>, tensors: &[&Tensor], clip: f32) -> (Tensor, Tensor) {
     let partial = or_raise(gpu.alloc(tensors.len() * NORM_BLOCKS * 8));
     for (i, x) in tensors.iter().enumerate() {
         let slot = partial.address() + (i * NORM_BLOCKS * 8) as u64;
@@ -43,8 +42,12 @@ pub(super) fn sum_of_squares(gpu: &Arc<Gpu>, tensors: &[&Tensor]) -> f64 {
         // SAFETY: every tensor has its own `NORM_BLOCKS` sums in `partial`, one per block.
         unsafe { run(gpu, &SOURCES[0], "sum_of_squares", [NORM_BLOCKS as u32, 1, 1], &args) };
     }
-    let partial: Vec<f64> = or_raise(gpu.download_slice(&partial));
-    partial.chunks(NORM_BLOCKS).map(|sums| sums.iter().sum::<f64>()).sum()
+    let (mut norm, mut factor) = (output(gpu, []), output(gpu, []));
+    let n = (tensors.len() * NORM_BLOCKS) as u32;
+    let args = [(&partial).into(), n.into(), clip.into(), (&mut norm).into(), (&mut factor).into()];
+    // SAFETY: `partial` has `n` sums, the others one element.
+    unsafe { run(gpu, &SOURCES[0], "norm_and_clip", [1, 1, 1], &args) };
+    (norm, factor)
 }
 
 pub(super) fn scale(gpu: &Gpu, t: &mut Tensor, f: f32) {

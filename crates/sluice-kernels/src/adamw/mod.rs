@@ -26,17 +26,16 @@ pub struct AdamW {
     pub eps: f32,
     /// The parameter shrinks by `lr * weight_decay` a step.
     pub weight_decay: f32,
-    /// Factor on the gradient, for clipping without a pass of its own over all gradients.
-    pub grad_scale: f32,
     /// Number of this step, from 1.
     pub step: u64,
 }
 
-/// Update `param` and the running means `m` and `v` of the gradient and its square.
+/// Update `param` and the running means `m` and `v` of the gradient, times `grad_scale []`, and its square. Clipping so costs no pass of its
+/// own over all gradients, and on a GPU nobody reads the factor ([`global_norm`]). Where it is not finite nothing changes.
 #[track_caller]
-pub fn step(param: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, adamw: AdamW) {
+pub fn step(param: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, grad_scale: &Tensor, adamw: AdamW) {
     assert!(
-        param.shape() == grad.shape() && m.shape() == grad.shape() && v.shape() == grad.shape(),
+        param.shape() == grad.shape() && m.shape() == grad.shape() && v.shape() == grad.shape() && grad_scale.len() == 1,
         "adamw step of param {:?}, grad {:?}, m {:?}, v {:?}",
         param.shape(),
         grad.shape(),
@@ -46,9 +45,13 @@ pub fn step(param: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, a
     assert!(adamw.step > 0, "adamw counts its steps from 1");
     let factors = Factors::new(&adamw);
     if let Some(gpu) = grad.gpu() {
-        return cuda::step(gpu, param, grad, m, v, factors);
+        return cuda::step(gpu, param, grad, m, v, grad_scale, factors);
     }
-    let work = |p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]| update(p, g, m, v, factors);
+    let grad_scale = grad_scale.item();
+    if !grad_scale.is_finite() {
+        return;
+    }
+    let work = |p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]| update(p, g, m, v, grad_scale, factors);
     let (p, g, m, v) = (param.f32_mut(), grad.f32(), m.f32_mut(), v.f32_mut());
     if p.len() <= CHUNK {
         return work(p, g, m, v);
@@ -59,14 +62,20 @@ pub fn step(param: &mut Tensor, grad: &Tensor, m: &mut Tensor, v: &mut Tensor, a
         .for_each(|((p, g), (m, v))| work(p, g, m, v));
 }
 
-/// Euclidean norm of all gradients together.
-pub fn global_norm(grads: &[&Tensor]) -> f64 {
-    let by_gpu = grads.first().and_then(|g| g.gpu());
-    if let Some(gpu) = by_gpu {
-        return cuda::sum_of_squares(gpu, grads).sqrt();
+/// Euclidean norm of all gradients together, `[]`, and the factor `[]` that brings it down to `clip`: 1 for a smaller one, NaN for one that
+/// is not finite. Both are where the gradients are.
+pub fn global_norm(grads: &[&Tensor], clip: f32) -> (Tensor, Tensor) {
+    if let Some(gpu) = grads.first().and_then(|g| g.gpu()) {
+        return cuda::global_norm(gpu, grads, clip);
     }
     let chunk_sums = |g: &&Tensor| -> Vec<f64> { g.f32().par_chunks(CHUNK).map(sum_of_squares).collect() };
-    grads.iter().map(|g| chunk_sums(g).iter().sum::<f64>()).sum::<f64>().sqrt()
+    let norm = grads.iter().map(|g| chunk_sums(g).iter().sum::<f64>()).sum::<f64>().sqrt() as f32;
+    let factor = match norm {
+        _ if !norm.is_finite() => f32::NAN,
+        _ if norm > clip => clip / norm,
+        _ => 1.0,
+    };
+    (Tensor::scalar(norm), Tensor::scalar(factor))
 }
 
 /// `t *= f`.
@@ -101,7 +110,6 @@ pub fn raise_to_zero(t: &mut Tensor) {
 /// What every element of a step has in common, computed once in f64.
 #[derive(Clone, Copy)]
 struct Factors {
-    grad_scale: f32,
     keep: f32,
     beta2: f32,
     one_minus_beta1: f32,
@@ -116,7 +124,6 @@ impl Factors {
         // f32 powers of 0.999 would be off by a per cent after 10^5 steps.
         let correction = |beta: f32| 1.0 - (beta as f64).powf(a.step as f64);
         Self {
-            grad_scale: a.grad_scale,
             keep: (1.0 - a.lr as f64 * a.weight_decay as f64) as f32,
             beta2: a.beta2,
             one_minus_beta1: (1.0 - a.beta1 as f64) as f32,
@@ -129,11 +136,11 @@ impl Factors {
 }
 
 vectorised! {
-    fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], f: Factors) {
+    fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], grad_scale: f32, f: Factors) {
         let n = p.len();
         let (g, m, v) = (&g[..n], &mut m[..n], &mut v[..n]);
         for i in 0..n {
-            let g = g[i] * f.grad_scale;
+            let g = g[i] * grad_scale;
             m[i] = (g - m[i]).mul_add(f.one_minus_beta1, m[i]);
             v[i] = (f.one_minus_beta2 * g).mul_add(g, f.beta2 * v[i]);
             let denominator = v[i].sqrt().mul_add(f.inv_sqrt_correction2, f.eps);

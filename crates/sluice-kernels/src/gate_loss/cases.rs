@@ -47,14 +47,41 @@ pub(crate) fn run(check: &mut Check<'_>) {
         }
         let labels_there = check.put(&labels);
         let rank = |labels| (n > 0).then_some(RankLabels { positions: &positions, labels, keep });
-        let (loss, grad) = fwd(&check.put(&scores), &check.put(&slopes), rank(&labels_there).as_ref(), &TERMS);
+        let run = |check: &mut Check<'_>| fwd(&check.put(&scores), &[t], &check.put(&slopes), &[rank(&labels_there)], &TERMS);
+        let (loss, grad) = run(check);
         let (want, want_grad) = naive::loss(&scores, &slopes, rank(&labels).as_ref(), &TERMS);
         check.compare("loss", &loss, &[want], 3e-6);
         let times = |x: f64| x * (t * g) as f64;
         let grad = grad.to(&Device::Cpu);
         let per_key: Vec<f32> = grad.f32().iter().map(|&d| times(d as f64) as f32).collect();
         check.compare_slice("dscores", &per_key, &want_grad.into_iter().map(times).collect::<Vec<_>>(), 1e-5);
-        let (again, _) = fwd(&check.put(&scores), &check.put(&slopes), rank(&labels_there).as_ref(), &TERMS);
+        let (again, _) = run(check);
         check.require("the same bits again", again.item().to_bits() == loss.item().to_bits());
     }
+    ragged(check);
+}
+
+/// Sequences of different lengths, one of them without ranking: each has the loss and gradient that it has alone, padding has none.
+fn ragged(check: &mut Check<'_>) {
+    let (lens, g) = ([70usize, 33, 0, 58], 2);
+    check.case("gate_loss", format!("lengths {lens:?}, {g} heads"));
+    let mut rng = Rng::new(5);
+    let scores = rng.normal_tensor([lens.len(), 70, g]);
+    let slopes = Tensor::from_vec(vec![0.5, 2.0], [2]);
+    let positions: Vec<u32> = (0..33).step_by(3).collect();
+    let labels = rng.normal_tensor([positions.len(), g]);
+    let labels_there = check.put(&labels);
+    let rank = |sequence: usize, labels| (sequence < 2).then_some(RankLabels { positions: &positions, labels, keep: 0.3 });
+    let ranks: Vec<_> = (0..lens.len()).map(|sequence| rank(sequence, &labels_there)).collect();
+    let (loss, grad) = fwd(&check.put(&scores), &lens, &check.put(&slopes), &ranks, &TERMS);
+    let (mut want, mut want_grad) = (0.0, vec![0.0; scores.len()]);
+    for (sequence, &len) in lens.iter().enumerate().filter(|(_, len)| **len > 0) {
+        let rows = sequence * 70 * g..(sequence * 70 + len) * g;
+        let alone = Tensor::from_vec(scores.f32()[rows.clone()].to_vec(), [1, len, g]);
+        let (loss, grad) = naive::loss(&alone, &slopes, rank(sequence, &labels).as_ref(), &TERMS);
+        want += loss;
+        want_grad[rows].copy_from_slice(&grad);
+    }
+    check.compare("loss", &loss, &[want], 5e-6);
+    check.compare("dscores", &grad, &want_grad, 1e-6);
 }

@@ -1,16 +1,27 @@
-//! Head by head.
+//! Sequence by sequence, head by head.
 
 use sluice_tensor::Tensor;
 
 use super::{RankLabels, Terms};
 use crate::gate_score::RECENCY_UNIT;
 
-pub(super) fn fwd(scores: &Tensor, slopes: &Tensor, rank: Option<&RankLabels<'_>>, terms: &Terms) -> (Tensor, Tensor) {
+pub(super) fn fwd(scores: &Tensor, lens: &[usize], slopes: &Tensor, ranks: &[Option<RankLabels<'_>>], terms: &Terms) -> (Tensor, Tensor) {
     let [_, t, g] = scores.dims();
+    let (mut loss, mut grad) = (0.0, vec![0.0; scores.len()]);
+    for (sequence, (&len, rank)) in lens.iter().zip(ranks).enumerate() {
+        let rows = sequence * t * g..(sequence * t + len) * g;
+        let rank = rank.as_ref().filter(|rank| !rank.positions.is_empty());
+        loss += of_sequence(&scores.f32()[rows.clone()], &mut grad[rows], g, slopes, rank, terms);
+    }
+    (Tensor::scalar(loss as f32), Tensor::from_vec(grad, scores.shape()))
+}
+
+/// The loss of `scores [T, G]`; its gradient is added to `grad`.
+fn of_sequence(scores: &[f32], grad: &mut [f32], g: usize, slopes: &Tensor, rank: Option<&RankLabels<'_>>, terms: &Terms) -> f64 {
+    let t = scores.len() / g.max(1);
     let slope = |head: usize| slopes.f32()[head.min(slopes.len() - 1)];
-    let content: Vec<f32> = scores.f32().iter().enumerate().map(|(i, s)| s - slope(i % g) * (i / g) as f32 / RECENCY_UNIT).collect();
+    let content: Vec<f32> = scores.iter().enumerate().map(|(i, s)| s - slope(i % g) * (i / g) as f32 / RECENCY_UNIT).collect();
     let mut loss = 0.0f64;
-    let mut grad = vec![0.0f32; t * g];
     for head in 0..g {
         let at = |j: usize| content[j * g + head];
         let mean = (0..t).map(|j| at(j) as f64).sum::<f64>() / t as f64;
@@ -40,7 +51,7 @@ pub(super) fn fwd(scores: &Tensor, slopes: &Tensor, rank: Option<&RankLabels<'_>
             }
         }
     }
-    (Tensor::scalar(loss as f32), Tensor::from_vec(grad, [1, t, g]))
+    loss
 }
 
 fn nth_largest(mut values: Vec<f32>, n: usize) -> f32 {

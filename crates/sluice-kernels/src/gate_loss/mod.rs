@@ -42,14 +42,21 @@ impl RankLabels<'_> {
     }
 }
 
-/// `(loss [], dscores [1, T, G])` of `scores [1, T, G]` with recency `slopes [G]` or `[1]`, all on one device.
+/// `(loss [], dscores [B, T, G])` of the first `lens[b]` of `scores [B, T, G]` with recency `slopes [G]` or `[1]`, all on one device; the sum
+/// over the sequences, each of which has a mean of its own. `ranks` has an element per sequence.
 ///
 /// `tau` is the content of the key at the place where the budget ends, per head: a constant of the gradient.
 #[track_caller]
-pub fn fwd(scores: &Tensor, slopes: &Tensor, rank: Option<&RankLabels<'_>>, terms: &Terms) -> (Tensor, Tensor) {
+pub fn fwd(scores: &Tensor, lens: &[usize], slopes: &Tensor, ranks: &[Option<RankLabels<'_>>], terms: &Terms) -> (Tensor, Tensor) {
     let [b, t, g] = scores.dims();
-    assert!(b == 1 && (slopes.len() == g || slopes.len() == 1), "gate_loss of scores {:?} with {} slopes", scores.shape(), slopes.len());
-    if let Some(RankLabels { positions, labels, .. }) = rank {
+    assert!(
+        lens.len() == b && ranks.len() == b && lens.iter().all(|&len| len <= t) && (slopes.len() == g || slopes.len() == 1),
+        "gate_loss of scores {:?} with lengths {lens:?}, {} rankings and {} slopes",
+        scores.shape(),
+        ranks.len(),
+        slopes.len()
+    );
+    for (&len, RankLabels { positions, labels, .. }) in lens.iter().zip(ranks).filter_map(|(len, rank)| Some((len, rank.as_ref()?))) {
         assert_eq!(
             labels.shape(),
             [positions.len(), g],
@@ -57,12 +64,11 @@ pub fn fwd(scores: &Tensor, slopes: &Tensor, rank: Option<&RankLabels<'_>>, term
             positions.len(),
             scores.shape()
         );
-        let ascending = positions.windows(2).all(|w| w[0] < w[1]) && positions.last().is_none_or(|&p| (p as usize) < t);
+        let ascending = positions.windows(2).all(|w| w[0] < w[1]) && positions.last().is_none_or(|&p| (p as usize) < len);
         assert!(ascending, "gate_loss: positions must ascend and lie in scores {:?}", scores.shape());
     }
-    let rank = rank.filter(|rank| !rank.positions.is_empty());
     match scores.gpu() {
-        Some(gpu) => cuda::fwd(gpu, scores, slopes, rank, terms),
-        None => cpu::fwd(scores, slopes, rank, terms),
+        Some(gpu) => cuda::fwd(gpu, scores, lens, slopes, ranks, terms),
+        None => cpu::fwd(scores, lens, slopes, ranks, terms),
     }
 }

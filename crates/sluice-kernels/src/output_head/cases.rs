@@ -3,7 +3,7 @@
 use sluice_tensor::{Device, Tensor};
 use sluice_testkit::Rng;
 
-use super::{DistillTerms, Wanted, cross_entropy, distill, naive};
+use super::{DistillTerms, RowWeights, Wanted, cross_entropy, distill, naive, queue_cross_entropy, queue_distill};
 use crate::selftest::Check;
 
 pub(super) const TERMS: DistillTerms =
@@ -133,6 +133,13 @@ pub(crate) fn run(check: &mut Check<'_>) {
             &want.dw,
             check.allowed(1e-5, &want.dw, &off.dw, 3.0) + dz_rounding(check) + of_logits,
         );
+        let weights = RowWeights::of(&x.weights, check.device());
+        let weighted = |of_row: &[f64]| x.weights.iter().zip(of_row).map(|(&weight, loss)| weight as f64 * loss).sum::<f64>();
+        let queued = queue_cross_entropy(&h_s, &w_s, &x.targets, &weights, Wanted::NOTHING);
+        let (sum, total) = (weighted(&want.nll), x.weights.iter().map(|&weight| weight as f64).sum::<f64>().max(1.0));
+        for (what, scalar) in [("sum", &queued.loss), ("sum of the first term", &queued.first)] {
+            check.compare(what, scalar, &[sum], check.allowed(3e-6, &want.nll, &off.nll, 2.0) * total);
+        }
         let z = naive::logits(&x.h_s, &x.w_s);
         let slack = if check.rounds_factors() { 5e-2 } else { 1e-5 };
         let is_best = |i: usize| z[i].iter().all(|&other| other - z[i][got.top1[i] as usize] < slack);
@@ -150,6 +157,16 @@ pub(crate) fn run(check: &mut Check<'_>) {
         check.compare_slice("nll of the student", &got.nll_student, &want.nll, check.allowed(1e-5, &want.nll, &off.nll, 2.0));
         check.compare("dh", &got.dh.expect("asked for"), &want.dh, check.allowed(1e-5, &want.dh, &off.dh, 3.0) + dz_rounding(check));
         check.compare("dw", &got.dw.expect("asked for"), &want.dw, check.allowed(2e-5, &want.dw, &off.dw, 3.0) + dz_rounding(check));
+        let queued = queue_distill(&h_s, &w_s, &h_t, &w_t, Some(&x.targets), &weights, case.terms, Wanted::NOTHING);
+        let of_row = |i: usize| {
+            let DistillTerms { kl, ce, boundary, .. } = case.terms;
+            kl as f64 * want.kl[i] + ce as f64 * want.nll[i] + boundary as f64 * want.boundary[i]
+        };
+        let allowed = check.allowed(1e-5, &want.kl, &off.kl, 2.0)
+            + check.allowed(1e-5, &want.boundary, &off.boundary, 2.0)
+            + check.allowed(1e-5, &want.nll, &off.nll, 2.0);
+        check.compare("sum", &queued.loss, &[weighted(&(0..case.n).map(of_row).collect::<Vec<_>>())], allowed * total);
+        check.compare("sum of the first term", &queued.first, &[weighted(&want.kl)], allowed * total);
         let without = distill(&h_s, &w_s, &h_t, &w_t, None, &x.weights, DistillTerms { ce: 0.0, ..case.terms }, Wanted::NOTHING);
         check.require("no targets, no likelihoods", without.nll_student.is_empty() && same(&without.kl, &got.kl));
     }

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 use sluice_tensor::Tensor;
 use sluice_tensor::memory::Scratch;
 
-use super::{Gradients, Wanted, check_shapes, cuda, even_chunks, gather, rows_per_chunk, weighted_rows, weighted_sum};
+use super::{Gradients, Queued, RowWeights, Wanted, check_shapes, cuda, even_chunks, gather, rows_per_chunk, weighted_rows, weighted_sum};
 use crate::linear::project;
 use crate::vector_math::{argmax, exp, sum_exp, vectorised};
 
@@ -32,11 +32,22 @@ impl CrossEntropy {
 /// Cross-entropy of `h [n, M]` projected by `w [V, M]` against `targets [n]`.
 #[track_caller]
 pub fn cross_entropy(h: &Tensor, w: &Tensor, targets: &[u32], weights: &[f32], grads: Wanted) -> CrossEntropy {
+    queue_cross_entropy(h, w, targets, &RowWeights::of(weights, &h.device()), grads).into_cross_entropy()
+}
+
+/// [`cross_entropy`] whose losses stay where the inputs are.
+#[track_caller]
+pub fn queue_cross_entropy(h: &Tensor, w: &Tensor, targets: &[u32], weights: &RowWeights, grads: Wanted) -> Queued {
     check_shapes("cross_entropy", h, w, Some(targets), weights);
     if let Some(gpu) = h.gpu() {
         return cuda::cross_entropy(gpu, h, w, targets, weights, grads);
     }
-    in_chunks(h, w, targets, weights, grads, rows_per_chunk(w.shape()[0]))
+    let of_rows = weights.scattered();
+    let all = in_chunks(h, w, targets, &of_rows, grads, rows_per_chunk(w.shape()[0]));
+    let loss = Tensor::scalar(all.weighted_sum(&of_rows));
+    let figures = weights.rows().iter().flat_map(|&i| [all.nll[i], f32::from_bits(all.top1[i]), all.max_prob[i]]).collect();
+    let figures = Tensor::from_vec(figures, [weights.rows().len(), 3]);
+    Queued { first: loss.clone(), loss, figures, dh: all.dh, dw: all.dw, weights: weights.clone() }
 }
 
 pub(super) fn in_chunks(h: &Tensor, w: &Tensor, targets: &[u32], weights: &[f32], grads: Wanted, per_chunk: usize) -> CrossEntropy {

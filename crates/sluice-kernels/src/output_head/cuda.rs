@@ -1,13 +1,12 @@
 //! Chunks of rows: a product, one kernel that turns logits into losses and their own gradient, two products back.
-//! The figures per row come to the host at the end, with one wait.
+//! The figures per row and their weighted sum stay on the GPU.
 
 use std::sync::Arc;
 
 use sluice_tensor::cuda::{Arg, Buffer, Epilogue, Gpu, KernelSource, Mat, gemm, or_raise};
 use sluice_tensor::{DType, Tensor};
 
-use super::distill::RowLosses;
-use super::{CrossEntropy, Distill, DistillTerms, Wanted, even_chunks, neighbours, weighted_rows};
+use super::{DistillTerms, Queued, RowWeights, Wanted, even_chunks, neighbours};
 use crate::launch::{act, act_mut, factor, formats, launch, of_format, output, over_elements, run};
 
 static SOURCES: [KernelSource; 2] = formats!("output_head", "output_head.cu");
@@ -102,16 +101,27 @@ fn pick<T: Copy>(values: &[T], rows: &[usize]) -> Vec<T> {
     rows.iter().map(|&i| values[i]).collect()
 }
 
-pub(super) fn cross_entropy(gpu: &Arc<Gpu>, h: &Tensor, w: &Tensor, targets: &[u32], weights: &[f32], grads: Wanted) -> CrossEntropy {
+/// `sum_i weights[i] (factors . figures[i])` over the first three figures of a row, and the same of the first figure alone.
+fn weighted_sums(gpu: &Arc<Gpu>, figures: &Tensor, weights: &RowWeights, factors: [f32; 3]) -> (Tensor, Tensor) {
+    let (mut loss, mut first) = (output(gpu, []), output(gpu, []));
+    let [rows, width] = figures.dims::<2>().map(|n| n as u32);
+    let [a, b, c] = factors.map(Arg::from);
+    let args = [figures.into(), weights.values().into(), rows.into(), width.into(), a, b, c, (&mut loss).into(), (&mut first).into()];
+    // SAFETY: a weight per row of at least three figures, two sums of one element.
+    unsafe { run(gpu, &SOURCES[0], "weighted_sums", [1, 1, 1], &args) };
+    (loss, first)
+}
+
+pub(super) fn cross_entropy(gpu: &Arc<Gpu>, h: &Tensor, w: &Tensor, targets: &[u32], weights: &RowWeights, grads: Wanted) -> Queued {
     let vocab = w.shape()[0];
-    let active = weighted_rows(weights);
+    let active = weights.rows();
     // Where the precision rounds factors, logits that become a gradient are rounded as well; a loss by itself is of f32 logits.
     let format = if grads.any() { gpu.precision().activations() } else { DType::F32 };
     let per_chunk = per_chunk(active.len(), format.size() * vocab);
     let mut gradients = Gradients::new(gpu, h, w, grads);
-    let results = or_raise(gpu.alloc(active.len() * 12));
-    let (row_targets, row_weights) =
-        (or_raise(gpu.upload_slice(&pick(targets, &active))), or_raise(gpu.upload_slice(&pick(weights, &active))));
+    let mut figures = output(gpu, [active.len(), 3]);
+    let (to_figures, row_weights) = (figures.address_mut(), weights.values().address());
+    let row_targets = or_raise(gpu.upload_slice(&pick(targets, active)));
     let mut z = Tensor::empty_on(gpu, [per_chunk.min(active.len()), vocab], format);
     for (i, chunk) in active.chunks(per_chunk).enumerate() {
         let rows = Rows::new(gpu, chunk);
@@ -120,8 +130,8 @@ pub(super) fn cross_entropy(gpu: &Arc<Gpu>, h: &Tensor, w: &Tensor, targets: &[u
         let args: [Arg; 6] = [
             act_mut(&mut z),
             (row_targets.address() + 4 * first).into(),
-            (row_weights.address() + 4 * first).into(),
-            (results.address() + 12 * first).into(),
+            (row_weights + 4 * first).into(),
+            (to_figures + 12 * first).into(),
             (vocab as u32).into(),
             u32::from(grads.any()).into(),
         ];
@@ -131,31 +141,25 @@ pub(super) fn cross_entropy(gpu: &Arc<Gpu>, h: &Tensor, w: &Tensor, targets: &[u
             gradients.add(gpu, &z, &rows, h, w);
         }
     }
-    drop(z);
-    let n = weights.len();
-    let (mut nll, mut top1, mut max_prob) = (vec![0.0; n], vec![u32::MAX; n], vec![0.0; n]);
-    let results: Vec<u32> = or_raise(gpu.download_slice(&results));
-    for (&i, row) in active.iter().zip(results.chunks_exact(3)) {
-        (nll[i], top1[i], max_prob[i]) = (f32::from_bits(row[0]), row[1], f32::from_bits(row[2]));
-    }
-    CrossEntropy { nll, top1, max_prob, dh: gradients.dh, dw: gradients.dw }
+    let (loss, first) = weighted_sums(gpu, &figures, weights, [1.0, 0.0, 0.0]);
+    Queued { loss, first, figures, dh: gradients.dh, dw: gradients.dw, weights: weights.clone() }
 }
 
 pub(super) fn distill(
     gpu: &Arc<Gpu>,
     [h_s, w_s, h_t, w_t]: [&Tensor; 4],
     targets: Option<&[u32]>,
-    weights: &[f32],
+    weights: &RowWeights,
     terms: DistillTerms,
     grads: Wanted,
-) -> Distill {
+) -> Queued {
     let vocab = w_s.shape()[0];
-    let active = weighted_rows(weights);
+    let active = weights.rows();
     let per_chunk = per_chunk(active.len(), 2 * DType::F32.size() * vocab);
     let mut gradients = Gradients::new(gpu, h_s, w_s, grads);
-    let results = or_raise(gpu.alloc(active.len() * 24));
-    let row_targets = targets.map(|t| or_raise(gpu.upload_slice(&pick(t, &active))));
-    let row_weights = or_raise(gpu.upload_slice(&pick(weights, &active)));
+    let mut figures = output(gpu, [active.len(), 6]);
+    let (to_figures, row_weights) = (figures.address_mut(), weights.values().address());
+    let row_targets = targets.map(|t| or_raise(gpu.upload_slice(&pick(t, active))));
     let shape = [per_chunk.min(active.len()), vocab];
     let (mut z_s, mut z_t) = (output(gpu, shape), output(gpu, shape));
     for (i, chunk) in active.chunks(per_chunk).enumerate() {
@@ -167,8 +171,8 @@ pub(super) fn distill(
             (&mut z_s).into(),
             (&z_t).into(),
             row_targets.as_ref().map_or(0, |t| t.address() + 4 * first).into(),
-            (row_weights.address() + 4 * first).into(),
-            (results.address() + 24 * first).into(),
+            (row_weights + 4 * first).into(),
+            (to_figures + 24 * first).into(),
             (vocab as u32).into(),
             u32::from(grads.any()).into(),
             terms.kl.into(),
@@ -185,12 +189,6 @@ pub(super) fn distill(
             gradients.add(gpu, &z_s, &rows, h_s, w_s);
         }
     }
-    drop((z_s, z_t));
-    let mut all = vec![RowLosses::default(); weights.len()];
-    let results: Vec<u32> = or_raise(gpu.download_slice(&results));
-    for (&i, row) in active.iter().zip(results.chunks_exact(6)) {
-        let [kl, boundary, nll_student, nll_teacher] = [0, 1, 2, 3].map(|k| f32::from_bits(row[k]));
-        all[i] = RowLosses { kl, boundary, nll_student, nll_teacher, agree: row[4] != 0, top1_student: row[5] };
-    }
-    RowLosses::into_distill(all, targets.is_some(), gradients.dh, gradients.dw)
+    let (loss, first) = weighted_sums(gpu, &figures, weights, [terms.kl, terms.boundary, terms.ce]);
+    Queued { loss, first, figures, dh: gradients.dh, dw: gradients.dw, weights: weights.clone() }
 }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use sluice_tensor::Tensor;
 use sluice_tensor::memory::Scratch;
 
-use super::{Gradients, Wanted, check_shapes, cuda, even_chunks, gather, rows_per_chunk, weighted_rows, weighted_sum};
+use super::{Gradients, Queued, RowWeights, Wanted, check_shapes, cuda, even_chunks, gather, rows_per_chunk, weighted_rows, weighted_sum};
 use crate::linear::project;
 use crate::vector_math::{LANES, add_lanes, argmax, exp, max, sum_exp, vectorised};
 
@@ -81,6 +81,22 @@ pub fn distill(
     terms: DistillTerms,
     grads: Wanted,
 ) -> Distill {
+    let weights = RowWeights::of(weights, &h_s.device());
+    queue_distill(h_s, w_s, h_t, w_t, targets, &weights, terms, grads).into_distill(targets.is_some())
+}
+
+/// [`distill`] whose losses stay where the inputs are.
+#[track_caller]
+pub fn queue_distill(
+    h_s: &Tensor,
+    w_s: &Tensor,
+    h_t: &Tensor,
+    w_t: &Tensor,
+    targets: Option<&[u32]>,
+    weights: &RowWeights,
+    terms: DistillTerms,
+    grads: Wanted,
+) -> Queued {
     check_shapes("distill (student)", h_s, w_s, targets, weights);
     check_shapes("distill (teacher)", h_t, w_t, targets, weights);
     assert_eq!(w_s.shape()[0], w_t.shape()[0], "distill: student w {:?} and teacher w {:?}", w_s.shape(), w_t.shape());
@@ -89,7 +105,24 @@ pub fn distill(
     if let Some(gpu) = h_s.gpu() {
         return cuda::distill(gpu, [h_s, w_s, h_t, w_t], targets, weights, terms, grads);
     }
-    in_chunks(h_s, w_s, h_t, w_t, targets, weights, terms, grads, rows_per_chunk(w_s.shape()[0]))
+    let of_rows = weights.scattered();
+    let all = in_chunks(h_s, w_s, h_t, w_t, targets, &of_rows, terms, grads, rows_per_chunk(w_s.shape()[0]));
+    let [loss, first] =
+        [&terms, &DistillTerms { kl: 1.0, ce: 0.0, boundary: 0.0, ..terms }].map(|t| Tensor::scalar(all.weighted_sum(&of_rows, t)));
+    let nll = |of: &[f32], i: usize| of.get(i).copied().unwrap_or(0.0);
+    let of_row = |&i: &usize| {
+        let likelihoods = [nll(&all.nll_student, i), nll(&all.nll_teacher, i)];
+        [
+            all.kl[i],
+            all.boundary[i],
+            likelihoods[0],
+            likelihoods[1],
+            f32::from_bits(all.agree[i].into()),
+            f32::from_bits(all.top1_student[i]),
+        ]
+    };
+    let figures = Tensor::from_vec(weights.rows().iter().flat_map(of_row).collect(), [weights.rows().len(), 6]);
+    Queued { loss, first, figures, dh: all.dh, dw: all.dw, weights: weights.clone() }
 }
 
 pub(super) fn in_chunks(

@@ -9,13 +9,15 @@ mod cross_entropy;
 mod cuda;
 mod distill;
 pub mod naive;
+mod rows;
 #[cfg(test)]
 mod tests;
 
 use std::borrow::Cow;
 
-pub use cross_entropy::{CrossEntropy, cross_entropy};
-pub use distill::{Distill, DistillTerms, distill};
+pub use cross_entropy::{CrossEntropy, cross_entropy, queue_cross_entropy};
+pub use distill::{Distill, DistillTerms, distill, queue_distill};
+pub use rows::{Queued, RowWeights};
 use sluice_tensor::Tensor;
 
 use crate::linear::{self, project_back, weight_gradient};
@@ -130,17 +132,17 @@ impl Gradients {
 }
 
 #[track_caller]
-fn check_shapes(what: &str, h: &Tensor, w: &Tensor, targets: Option<&[u32]>, weights: &[f32]) {
+fn check_shapes(what: &str, h: &Tensor, w: &Tensor, targets: Option<&[u32]>, weights: &RowWeights) {
     let ([n, m], [vocab, m_w]) = (h.dims(), w.dims());
     assert!(
-        m == m_w && weights.len() == n && targets.is_none_or(|t| t.len() == n),
+        m == m_w && weights.n() == n && targets.is_none_or(|t| t.len() == n),
         "{what} of h {:?}, w {:?}, {:?} targets and {} weights",
         h.shape(),
         w.shape(),
         targets.map(<[u32]>::len),
-        weights.len()
+        weights.n()
     );
-    if let Some(i) = targets.and_then(|t| (0..n).find(|&i| weights[i] != 0.0 && t[i] as usize >= vocab)) {
+    if let Some(&i) = targets.and_then(|t| weights.rows().iter().find(|&&i| t[i] as usize >= vocab)) {
         panic!("{what}: target {} of row {i} is outside a vocabulary of {vocab}", targets.unwrap_or_default()[i]);
     }
 }

@@ -214,6 +214,26 @@ KERNEL distill(float* __restrict__ z_s, const float* __restrict__ z_t, const u32
     }
 }
 
+// One block. loss = sum of weight (a f[0] + b f[1] + c f[2]) over rows of `width` figures, first = sum of weight f[0]; a figure without a factor may
+// be anything, and so may those of a row of weight 0.
+KERNEL weighted_sums(const float* __restrict__ figures, const float* __restrict__ weights, u32 rows, u32 width, float a, float b, float c,
+                     float* __restrict__ loss, float* __restrict__ first) {
+    double sum = 0.0, of_first = 0.0;
+    for (u32 i = threadIdx.x; i < rows; i += blockDim.x) {
+        const double weight = weights[i];
+        if (weight == 0.0) continue;
+        const float* f = figures + (u64)i * width;
+        double x = (double)a * f[0];
+        if (b != 0.f) x += (double)b * f[1];
+        if (c != 0.f) x += (double)c * f[2];
+        sum += weight * x;
+        of_first += weight * f[0];
+    }
+    sum = block_sum(sum);
+    of_first = block_sum(of_first);
+    if (threadIdx.x == 0) loss[0] = (float)sum, first[0] = (float)of_first;
+}
+
 KERNEL gather_rows(const act* __restrict__ x, const u32* __restrict__ rows, act* __restrict__ y, u64 n, u32 m) {
     for (u64 i = blockIdx.x * (u64)blockDim.x + threadIdx.x; i < n; i += (u64)gridDim.x * blockDim.x) y[i] = x[(u64)rows[i / m] * m + i % m];
 }

@@ -52,6 +52,7 @@ const OPS: &[(&str, Cases)] = &[
     ("gelu_mlp", crate::gelu_mlp::cases::run),
     ("mean_pool", crate::mean_pool::cases::run),
     ("output_head", crate::output_head::cases::run),
+    ("token_weights", crate::token_weights::cases::run),
     ("kept_mass", crate::kept_mass::cases::run),
     ("attention_label", crate::attention_label::cases::run),
     ("attention_mass", crate::attention_mass::cases::run),

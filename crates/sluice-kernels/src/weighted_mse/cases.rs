@@ -23,7 +23,7 @@ pub(crate) fn run(check: &mut Check<'_>) {
             a.f32_mut()[3 * m..4 * m].fill(1e-9);
         }
         let (a_there, b_there) = (check.put(&a), check.put(&b));
-        let (loss, factors) = fwd(&a_there, &b_there, &weights);
+        let (loss, factors) = fwd(&a_there, &b_there, &check.put(&Tensor::from_vec(weights.clone(), [weights.len()])));
         let da = bwd(&check.put(&Tensor::scalar(-1.5)), &a_there, &b_there, &factors);
         let (want, want_da) = naive::loss(&a, &b, &weights);
         check.compare("loss", &loss, &[want], 2e-6);

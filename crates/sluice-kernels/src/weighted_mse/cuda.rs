@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use sluice_tensor::cuda::{Gpu, KernelSource, or_raise};
+use sluice_tensor::cuda::{Gpu, KernelSource};
 use sluice_tensor::{DType, Tensor};
 
 use super::TINY;
@@ -10,15 +10,14 @@ use crate::launch::{output, over_elements, over_rows, run, sum_to_scalar};
 
 const SOURCE: KernelSource = KernelSource { name: "weighted_mse", code: include_str!("weighted_mse.cu") };
 
-pub(super) fn fwd(gpu: &Arc<Gpu>, a: &Tensor, b: &Tensor, weights: &[f32]) -> (Tensor, Tensor) {
+pub(super) fn fwd(gpu: &Arc<Gpu>, a: &Tensor, b: &Tensor, weights: &Tensor) -> (Tensor, Tensor) {
     let (m, n_rows) = (a.last_dim(), a.n_rows());
     let [a, b] = &[a, b].map(|x| x.to_dtype(DType::F32));
-    let weights = or_raise(gpu.upload_slice(weights));
     let (mut terms, mut factors) = (output(gpu, [n_rows]), output(gpu, [n_rows]));
     let args = [
         a.into(),
         b.into(),
-        (&weights).into(),
+        weights.into(),
         (&mut terms).into(),
         (&mut factors).into(),
         (n_rows as u32).into(),

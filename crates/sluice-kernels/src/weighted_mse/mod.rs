@@ -14,9 +14,9 @@ use sluice_tensor::Tensor;
 /// Denominators of relative errors stay above this; a row of zeros has no relative error.
 const TINY: f32 = 1e-12;
 
-/// `(loss [], factors [rows])`, both where `a` is. The backward pass wants the second: `2 weights[i] / |b_i|^2`.
+/// `(loss [], factors [rows])`, both where `a` and `weights [rows]` are. The backward pass wants the second: `2 weights[i] / |b_i|^2`.
 #[track_caller]
-pub fn fwd(a: &Tensor, b: &Tensor, weights: &[f32]) -> (Tensor, Tensor) {
+pub fn fwd(a: &Tensor, b: &Tensor, weights: &Tensor) -> (Tensor, Tensor) {
     assert!(
         a.shape() == b.shape() && weights.len() == a.n_rows(),
         "weighted_mse of {:?} and {:?} with {} weights",
@@ -26,7 +26,7 @@ pub fn fwd(a: &Tensor, b: &Tensor, weights: &[f32]) -> (Tensor, Tensor) {
     );
     match a.gpu() {
         Some(gpu) => cuda::fwd(gpu, a, b, weights),
-        None => cpu::fwd(a, b, weights),
+        None => cpu::fwd(a, b, weights.f32()),
     }
 }
 

@@ -286,7 +286,8 @@ impl Gpu {
         unsafe { result::stream::synchronize(self.stream) }.during("waiting for the GPU")
     }
 
-    /// How often the host has waited for this GPU; a training step should add none beyond reading its loss.
+    /// How often the host has waited for this GPU: for results, or for large uploads and small ones that came too fast. A training step adds
+    /// none before its figures are read.
     pub fn waits(&self) -> u64 {
         self.waits.load(Ordering::Relaxed)
     }
@@ -328,7 +329,9 @@ impl Gpu {
             return Ok(());
         }
         self.bind()?;
-        self.staging.lock().expect("no panic while staging").upload(bytes, to.address() + at as u64, self.stream)
+        let has_waited = self.staging.lock().expect("no panic while staging").upload(bytes, to.address() + at as u64, self.stream)?;
+        self.waits.fetch_add(has_waited.into(), Ordering::Relaxed);
+        Ok(())
     }
 
     /// Bytes of a buffer, once everything queued before is done.

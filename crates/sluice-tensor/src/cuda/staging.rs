@@ -32,24 +32,28 @@ impl Staging {
         Ok(Self { memory: memory.cast(), done, half: 0, used: 0 })
     }
 
-    /// Queue a copy of `bytes` to a device address whose range the caller has checked.
-    pub(super) fn upload(&mut self, bytes: &[u8], to: u64, stream: sys::CUstream) -> Result<(), CudaError> {
+    /// Queue a copy of `bytes` to a device address whose range the caller has checked. Returns whether the host had to wait for the GPU.
+    pub(super) fn upload(&mut self, bytes: &[u8], to: u64, stream: sys::CUstream) -> Result<bool, CudaError> {
         if bytes.len() > HALF {
             // SAFETY: the range was checked; from pageable memory the call returns when the bytes have been read.
-            return unsafe { result::memcpy_htod_async(to, bytes, stream) }.during("copying to the GPU");
+            unsafe { result::memcpy_htod_async(to, bytes, stream) }.during("copying to the GPU")?;
+            return Ok(true);
         }
+        let mut has_waited = false;
         // SAFETY: the piece lies within its half, which no copy reads any more: `done` was waited for when the half was entered.
         unsafe {
             if self.used + bytes.len() > HALF {
                 result::event::record(self.done[self.half], stream).during("recording an event")?;
                 self.half ^= 1;
                 self.used = 0;
+                has_waited = result::event::query(self.done[self.half]).is_err();
                 result::event::synchronize(self.done[self.half]).during("waiting for a copy")?;
             }
             let piece = std::slice::from_raw_parts_mut(self.memory.add(self.half * HALF + self.used), bytes.len());
             piece.copy_from_slice(bytes);
             self.used = (self.used + bytes.len()).next_multiple_of(ALIGN);
-            result::memcpy_htod_async(to, piece, stream).during("copying to the GPU")
+            result::memcpy_htod_async(to, piece, stream).during("copying to the GPU")?;
+            Ok(has_waited)
         }
     }
 

@@ -2,19 +2,19 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::Result;
 use sluice_autograd::{Tape, Var};
 use sluice_kernels::dense_attention;
 use sluice_model::decoder::is_gate;
 use sluice_model::policy;
+use sluice_tensor::Tensor;
 
-use super::{Distiller, StepReport, Work, past_budget_weights, rank_labels, report};
+use super::{Distiller, QueuedReport, past_budget_weights, rank_labels};
 use crate::gate_loss::gate_loss;
 use crate::hash::mix;
 
 impl Distiller {
     /// `|o_S - o_T|^2 / |o_T|^2` of every layer, each fed the teacher's input.
-    pub(super) fn layer_local(&mut self, step: u64) -> Result<StepReport> {
+    pub(super) fn layer_local(&mut self, step: u64) -> QueuedReport {
         let tokens = self.document(0);
         let (t, steps) = (tokens.len(), self.config.stage1.layer_local_steps);
         let routing = self.step_routing(step, steps);
@@ -22,6 +22,7 @@ impl Distiller {
         let sampling = self.sampling();
         let samples = [sampling.positions(t, mix(self.config.seed, self.cursor as u64))];
         let weights = past_budget_weights(t, &routing);
+        let weights = Tensor::from_vec(weights, [t]).to(&self.model.device());
         let positions: Vec<u32> = (0..t as u32).collect();
         self.model.set_trainable(is_gate);
         let frozen = Tape::frozen();
@@ -41,14 +42,14 @@ impl Distiller {
             let features = tape.weighted_mse_rows(&student, block.value(), &weights);
             let slopes = &layer.gate.as_ref().expect("gates were added").recency.value;
             let rank = rank_labels(&samples[0], &labels[0], &routing, t);
-            let loss = tape.add(&features, &gate_loss(&tape, &scores, slopes, rank, &self.config.gate_loss));
+            let loss = tape.add(&features, &gate_loss(&tape, &scores, &[t], slopes, &[rank], &self.config.gate_loss));
             let features = features.detach();
             total = Some(total.map_or_else(|| features.clone(), |sum| frozen.add(&sum, &features)));
             grads.extend(tape.backward_scalar(&loss).into_params());
             h = layer.finish(&frozen, &h, &block);
         }
-        let norm = self.update(&mut grads, step, steps, self.config.stage1.lr, 0.0)?;
-        let loss = total.expect("a model has layers").value().item() / self.model.layers.len() as f32;
-        Ok(report(Work::LayerLocal(step), t, Some(loss), routing.kv_budget(), Some(norm)))
+        let norm = self.update(&mut grads, step, steps, self.config.stage1.lr, 0.0);
+        let mean = frozen.scale(&total.expect("a model has layers"), 1.0 / self.model.layers.len() as f32);
+        QueuedReport { tokens: t, kv_budget: routing.kv_budget(), loss: Some(mean.value().clone()), grad_norm: Some(norm) }
     }
 }

@@ -97,6 +97,17 @@ pub struct StepReport {
     pub grad_norm: Option<f64>,
     /// Seconds.
     pub seconds: f64,
+    /// How often the host waited for a GPU before it read this report's figures at the end of the item.
+    #[serde(default)]
+    pub host_waits: u64,
+}
+
+/// What one item did, as long as the figures are where they were computed: reading them waits for the item.
+struct QueuedReport {
+    tokens: usize,
+    kv_budget: usize,
+    loss: Option<Tensor>,
+    grad_norm: Option<Tensor>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -233,16 +244,26 @@ impl Distiller {
             // Every stage has its own learning rate and schedule; moments of the last one would only mislead it.
             (self.optimizer, self.optimizer_of) = (Optimizer::default(), Some(work));
         }
-        let mut report = match work {
+        let device = self.model.device();
+        let waits = || device.gpu().map_or(0, |gpu| gpu.waits());
+        let waits_before = waits();
+        let queued = match work {
             Work::Regress => self.regress(),
             Work::Solve => self.solve()?,
-            Work::LayerLocal(step) => self.layer_local(step)?,
+            Work::LayerLocal(step) => self.layer_local(step),
             Work::EndToEnd(step) | Work::Logits(step) | Work::LogitsAll(step) | Work::Generalise(step) => {
-                self.through_the_stack(work, step)?
+                self.through_the_stack(work, step)
             }
         };
+        let host_waits = waits() - waits_before;
+        let QueuedReport { tokens, kv_budget, loss, grad_norm } = queued;
+        let [loss, grad_norm] = [loss, grad_norm].map(|figure| figure.map(|figure| figure.item()));
+        if grad_norm.is_some_and(|norm| !norm.is_finite()) {
+            bail!("the gradient of item {} is not finite; lower the learning rate or look at the text around it", self.cursor);
+        }
         self.cursor += 1;
-        report.seconds = started.elapsed().as_secs_f64();
+        let (grad_norm, seconds) = (grad_norm.map(f64::from), started.elapsed().as_secs_f64());
+        let report = StepReport { work, tokens, loss, kv_budget, grad_norm, seconds, host_waits };
         self.reports.push(report.clone());
         Ok(Some(report))
     }
@@ -268,14 +289,14 @@ impl Distiller {
         Sampling { samples: stage0.samples, readers_from, n_sink: routing.n_sink, seed: self.config.seed }
     }
 
-    fn regress(&mut self) -> StepReport {
+    fn regress(&mut self) -> QueuedReport {
         let tokens = self.document(0);
         let sampling = self.sampling();
         self.warm_start.add_document(&self.model, &tokens, &sampling);
-        report(Work::Regress, tokens.len(), None, self.config.context, None)
+        QueuedReport { tokens: tokens.len(), kv_budget: self.config.context, loss: None, grad_norm: None }
     }
 
-    fn solve(&mut self) -> Result<StepReport> {
+    fn solve(&mut self) -> Result<QueuedReport> {
         let deviations = self.warm_start.install(&mut self.model, self.config.stage0.lambda)?;
         let mut search = SlopeSearch::new(&self.model);
         let mut tokens = 0;
@@ -286,7 +307,7 @@ impl Distiller {
             tokens += document.len();
         }
         search.install(&mut self.model, &deviations);
-        Ok(report(Work::Solve, tokens, None, self.config.routing.kv_budget(), None))
+        Ok(QueuedReport { tokens, kv_budget: self.config.routing.kv_budget(), loss: None, grad_norm: None })
     }
 
     /// Routing of a training step: the ramped budget, then a random one of the budgets to serve.
@@ -319,20 +340,17 @@ impl Distiller {
         (scale > 0.0).then_some(GateNoise { seed: mix(self.config.seed ^ 0x9A5E, self.cursor as u64), scale })
     }
 
-    /// Clip, step and project the slopes back to 0 or above.
-    fn update(&mut self, grads: &mut BTreeMap<String, Tensor>, step: u64, steps: u64, gate_lr: f32, base_lr: f32) -> Result<f64> {
+    /// Clip, step and project the slopes back to 0 or above. Gives back the norm of the gradient, not read yet.
+    fn update(&mut self, grads: &mut BTreeMap<String, Tensor>, step: u64, steps: u64, gate_lr: f32, base_lr: f32) -> Tensor {
         let c = &self.config.optimizer;
         let factor = warm_up_cosine(step, steps, c.warm_up, c.lr_floor);
         let (gate, base) = (gate_lr * factor, base_lr * factor);
         let norm = self.optimizer.apply(self.model.params_mut(), grads, c, |name| if is_gate(name) { gate } else { base });
-        if !norm.is_finite() {
-            bail!("the gradient of item {} is not finite; lower the learning rate or look at the text around it", self.cursor);
-        }
         for layer in &mut self.model.layers {
             let gate = std::sync::Arc::make_mut(layer).gate.as_mut().expect("gates were added");
             adamw::raise_to_zero(&mut gate.recency.value);
         }
-        Ok(norm)
+        norm
     }
 }
 
@@ -347,8 +365,4 @@ fn rank_labels<'a>(positions: &'a [u32], labels: &'a Tensor, routing: &RoutingCo
     let candidates = t.saturating_sub(routing.window);
     let keep = routing.top_k as f32 / candidates.max(1) as f32;
     (!positions.is_empty() && keep < 1.0 && t > HORIZON).then_some(RankLabels { positions, labels, keep })
-}
-
-fn report(work: Work, tokens: usize, loss: Option<f32>, kv_budget: usize, grad_norm: Option<f64>) -> StepReport {
-    StepReport { work, tokens, loss, kv_budget, grad_norm, seconds: 0.0 }
 }

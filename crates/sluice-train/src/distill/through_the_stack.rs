@@ -3,18 +3,17 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::Result;
 use sluice_autograd::{Tape, Var};
-use sluice_kernels::output_head::{self, DistillTerms, Wanted};
-use sluice_kernels::{adamw, add, dense_attention, rms_norm};
+use sluice_kernels::output_head::{self, DistillTerms, RowWeights, Wanted};
+use sluice_kernels::{adamw, add, dense_attention, rms_norm, token_weights};
 use sluice_model::decoder::is_gate;
 use sluice_model::policy::{self, AttentionPlan, Policy};
 use sluice_model::{Forward, Hidden};
 use sluice_spec::RoutingConfig;
 use sluice_tensor::Tensor;
 
-use super::{Distiller, StepReport, Work, past_budget_weights, rank_labels, report};
-use crate::curriculum::{self, Difficulty};
+use super::{Distiller, QueuedReport, Work, past_budget_weights, rank_labels};
+use crate::curriculum;
 use crate::gate_loss::gate_loss;
 use crate::hash::{mix, uniform};
 
@@ -41,11 +40,6 @@ impl Batch {
         }
         all
     }
-
-    /// Rows of a document among those of the batch.
-    fn rows(&self, document: usize) -> Vec<u32> {
-        (document * self.t..document * self.t + self.lens[document]).map(|row| row as u32).collect()
-    }
 }
 
 /// Teacher's view of a batch.
@@ -63,8 +57,8 @@ struct TeacherPass {
 /// What documents contributed.
 struct Contribution {
     grads: BTreeMap<String, Tensor>,
-    /// The main loss.
-    shown: f32,
+    /// Sum of the main loss, `[]`, not read yet.
+    shown: Tensor,
     tokens: usize,
 }
 
@@ -78,7 +72,7 @@ struct Step {
 
 impl Distiller {
     /// One update from `documents_per_step` documents, the routed student end to end against the dense teacher.
-    pub(super) fn through_the_stack(&mut self, work: Work, step: u64) -> Result<StepReport> {
+    pub(super) fn through_the_stack(&mut self, work: Work, step: u64) -> QueuedReport {
         let (steps, gate_lr, base_lr) = match work {
             Work::EndToEnd(_) => (self.config.stage1.end_to_end_steps, self.config.stage1.lr, 0.0),
             Work::Logits(_) => (self.config.stage2.gate_steps, self.config.stage2.gate_lr, 0.0),
@@ -98,8 +92,9 @@ impl Distiller {
 
         let shared = Step { work, step, steps, plan: self.student_plan(routing, noise) };
         let mut all = self.learn(&shared);
-        let norm = self.update(&mut all.grads, step, steps, gate_lr, base_lr)?;
-        Ok(report(work, all.tokens, Some(all.shown), routing.kv_budget(), Some(norm)))
+        let norm = self.update(&mut all.grads, step, steps, gate_lr, base_lr);
+        adamw::scale_in_place(&mut all.shown, 1.0 / self.config.documents_per_step as f32);
+        QueuedReport { tokens: all.tokens, kv_budget: routing.kv_budget(), loss: Some(all.shown), grad_norm: Some(norm) }
     }
 
     /// Gradients of the mean loss over the documents of a step, in as many batches as [`Split`](super::Split) says.
@@ -112,11 +107,11 @@ impl Distiller {
         // The length of an attack is that of one document's embeddings, so those go alone.
         let (attacked, calm): (Vec<u64>, Vec<u64>) = (0..n as u64).partition(is_attacked);
         let batches = calm.chunks(self.split.documents.max(1)).map(|batch| (batch, false)).chain(attacked.chunks(1).map(|one| (one, true)));
-        let mut all = Contribution { grads: BTreeMap::new(), shown: 0.0, tokens: 0 };
+        let mut all = Contribution { grads: BTreeMap::new(), shown: Tensor::zeros_on(&self.model.device(), []), tokens: 0 };
         for (documents, attacked) in batches {
             let part = self.learn_from(&self.batch(documents), attacked, shared, 1.0 / n as f32);
             add_to(&mut all.grads, part.grads);
-            all.shown += part.shown;
+            add::assign(&mut all.shown, &part.shown);
             all.tokens += part.tokens;
         }
         all
@@ -148,12 +143,12 @@ impl Distiller {
         let weights = batch.padded(|_, len| past_budget_weights(len, &plan.routing));
         let (features, gates) = self.layer_losses(&tape, &student, &taught, batch, &weights, &plan.routing);
         let (loss, shown, weights) = if work.stage() == 1 {
-            (tape.add(&features, &gates), features.value().item(), weights)
+            (tape.add(&features, &gates), features.value().clone(), None)
         } else {
             let weights = self.token_weights(batch, &weights, &taught, *step, *steps);
             let (logits, kl) = self.logit_loss(&tape, &student.h, &taught, &weights, self.config.stage2.boundary);
             let rest = tape.add(&tape.scale(&features, self.config.stage2.features), &gates);
-            (tape.add(&logits, &rest), kl, weights)
+            (tape.add(&logits, &rest), kl, Some(weights))
         };
         let gradients = tape.backward_scalar(&tape.scale(&loss, share));
         let attack = attacked.then(|| {
@@ -161,11 +156,11 @@ impl Distiller {
             worst_step(embedded.value(), gradient, self.config.stage3.radius)
         });
         let mut grads = gradients.into_params();
-        if let Some(delta) = attack {
+        if let (Some(delta), Some(weights)) = (attack, weights) {
             let embedded = add::fwd(embedded.value(), &delta);
             add_to(&mut grads, self.under_attack(embedded, &batch.lens, &taught, &weights, plan, share));
         }
-        Contribution { grads, shown: share * shown, tokens: batch.lens.iter().sum() }
+        Contribution { grads, shown, tokens: batch.lens.iter().sum() }
     }
 
     /// Relative errors of the attention blocks' outputs, and the losses on the gates' scores: means over the layers, sums over the documents.
@@ -179,34 +174,27 @@ impl Distiller {
         routing: &RoutingConfig,
     ) -> (Var, Var) {
         let mut sums: [Option<Var>; 2] = [None, None];
+        let weights = Tensor::from_vec(weights.to_vec(), [weights.len()]).to(&self.model.device());
         for (index, (kept, block)) in student.layers.iter().zip(&taught.blocks).enumerate() {
             let slopes = &self.model.layers[index].gate.as_ref().expect("gates were added").recency.value;
             let scores = kept.scores.as_ref().expect("the gate decided");
-            let [_, _, g] = scores.value().dims();
             let mut add = |to: usize, term: Var| sums[to] = Some(sums[to].take().map_or_else(|| term.clone(), |sum| tape.add(&sum, &term)));
-            add(0, tape.weighted_mse_rows(&kept.block, block, weights));
-            for (document, &len) in batch.lens.iter().enumerate() {
-                let rank = rank_labels(&batch.samples[document], &taught.labels[index][document], routing, len);
-                // The scores of one document; gathering rows is what an embedding does.
-                let alone = if batch.lens.len() == 1 {
-                    scores.clone()
-                } else {
-                    let rows = tape.embedding(&batch.rows(document), &tape.reshape(scores, [batch.tokens.len(), g]));
-                    tape.reshape(&rows, [1, len, g])
-                };
-                add(1, gate_loss(tape, &alone, slopes, rank, &self.config.gate_loss));
-            }
+            add(0, tape.weighted_mse_rows(&kept.block, block, &weights));
+            let rank =
+                |(document, &len): (usize, &usize)| rank_labels(&batch.samples[document], &taught.labels[index][document], routing, len);
+            let ranks: Vec<_> = batch.lens.iter().enumerate().map(rank).collect();
+            add(1, gate_loss(tape, scores, &batch.lens, slopes, &ranks, &self.config.gate_loss));
         }
         let [features, gates] = sums.map(|sum| tape.scale(&sum.expect("a model has layers"), 1.0 / student.layers.len() as f32));
         (features, gates)
     }
 
     /// KL to the teacher and the decision-boundary loss, and the value of the KL alone.
-    fn logit_loss(&self, tape: &Tape, h: &Var, taught: &TeacherPass, weights: &[f32], boundary: f32) -> (Var, f32) {
+    fn logit_loss(&self, tape: &Tape, h: &Var, taught: &TeacherPass, weights: &RowWeights, boundary: f32) -> (Var, Tensor) {
         let terms = DistillTerms { kl: 1.0, boundary, temperature: self.config.stage2.temperature, ..DistillTerms::default() };
-        let h = tape.reshape(h, [weights.len(), self.model.config.d_model]);
-        let (loss, parts) = tape.distill(&h, &tape.param(self.model.head()), &taught.h, &taught.head, None, weights, terms);
-        (loss, weights.iter().zip(&parts.kl).map(|(w, kl)| w * kl).sum())
+        let h = tape.reshape(h, [weights.n(), self.model.config.d_model]);
+        let (loss, queued) = tape.distill(&h, &tape.param(self.model.head()), &taught.h, &taught.head, None, weights, terms);
+        (loss, queued.first)
     }
 
     /// Gradients of `share KL(p_T(x) || p_S(E + delta))`.
@@ -215,7 +203,7 @@ impl Distiller {
         embedded: Tensor,
         lens: &[usize],
         taught: &TeacherPass,
-        weights: &[f32],
+        weights: &RowWeights,
         plan: &AttentionPlan,
         share: f32,
     ) -> BTreeMap<String, Tensor> {
@@ -254,39 +242,33 @@ impl Distiller {
         TeacherPass { blocks, labels, h: h.value().reshape([tokens.len(), h.value().last_dim()]), head }
     }
 
-    /// Weight `[B T]` of every position in the logit loss, summing to 1 in each document: positions past the budget, through the curriculum
+    /// Weights of the positions that count in the logit loss, summing to 1 in each document: positions past the budget, through the curriculum
     /// (confident tokens and a growing share of the rest), more for tokens that need far context.
-    fn token_weights(&self, batch: &Batch, past_budget: &[f32], taught: &TeacherPass, step: u64, steps: u64) -> Vec<f32> {
+    fn token_weights(&self, batch: &Batch, past_budget: &[f32], taught: &TeacherPass, step: u64, steps: u64) -> RowWeights {
         let Batch { tokens, lens, t, salts, .. } = batch;
-        // The last token of a document has no target: its weight, and that of padding, is 0.
+        // The last token of a document has no target: it does not count, nor does padding.
         let targets: Vec<u32> = tokens[1..].iter().copied().chain([0]).collect();
         let known = batch.padded(|document, len| {
             let of = |i: usize| if i + 1 < len && past_budget[document * t + i] > 0.0 { 1.0 } else { 0.0 };
             (0..len).map(of).collect()
         });
-        let all = output_head::cross_entropy(&taught.h, &taught.head, &targets, &known, Wanted::NOTHING);
+        let known = RowWeights::of(&known, &self.model.device());
+        let all = output_head::queue_cross_entropy(&taught.h, &taught.head, &targets, &known, Wanted::NOTHING);
         let local = self.config.stage2.long_range.then(|| {
             // What the last `window` tokens alone predict: routed attention with no routed keys.
             let routing = RoutingConfig { top_k: 0, n_sink: 0, ..self.config.routing };
             let plan = AttentionPlan::new(Policy::Streaming, routing);
             let hidden = self.original.forward(&Tape::frozen(), tokens, lens, &plan, Forward::default()).h;
             let hidden = hidden.value().reshape([tokens.len(), self.original.config.d_model]);
-            output_head::cross_entropy(&hidden, &self.original.head().value, &targets, &known, Wanted::NOTHING).nll
+            output_head::queue_cross_entropy(&hidden, &self.original.head().value, &targets, &known, Wanted::NOTHING)
         });
-        batch.padded(|document, len| {
-            let seed = mix(self.config.seed ^ 0xC0DE, salts[document]);
-            let mut weights: Vec<f32> = (0..len)
-                .map(|i| {
-                    let row = document * t + i;
-                    let gain = local.as_ref().map_or(0.0, |local| local[row] - all.nll[row]);
-                    let token = Difficulty { max_prob: all.max_prob[row], long_range_gain: gain };
-                    known[row] * curriculum::weight(&token, step, steps, mix(seed, i as u64))
-                })
-                .collect();
-            let sum: f32 = weights.iter().sum();
-            weights.iter_mut().for_each(|w| *w /= sum.max(1e-6));
-            weights
-        })
+        let mut of_documents = vec![0; lens.len()];
+        let draw = |&row: &usize| {
+            of_documents[row / t] += 1;
+            uniform(mix(mix(self.config.seed ^ 0xC0DE, salts[row / t]), (row % t) as u64))
+        };
+        let draws: Vec<f32> = known.rows().iter().map(draw).collect();
+        token_weights::fwd(&all, local.as_ref(), &draws, &of_documents, &curriculum::terms(step, steps))
     }
 }
 
@@ -303,10 +285,11 @@ fn add_to(sum: &mut BTreeMap<String, Tensor>, grads: BTreeMap<String, Tensor>) {
 
 /// Step of every embedding `[.., M]` up its gradient, of length `radius rms(E) sqrt(M)`.
 fn worst_step(embedded: &Tensor, gradient: &Tensor, radius: f32) -> Tensor {
-    let rms = adamw::global_norm(&[embedded]) as f32 / (embedded.len() as f32).sqrt();
+    let (norm, _) = adamw::global_norm(&[embedded], f32::INFINITY);
     // A normed row has length sqrt(M); a row without gradient stays where it is.
     let (mut step, _) = rms_norm::fwd(gradient, None, 1e-30);
-    adamw::scale_in_place(&mut step, radius * rms);
+    adamw::scale_in_place(&mut step, radius / (embedded.len() as f32).sqrt());
+    adamw::scale_in_place_by(&mut step, &norm);
     step
 }
 
@@ -379,7 +362,8 @@ mod tests {
             let (alone, together, in_two) = (of(1), of(3), of(2));
             for all in [together, in_two] {
                 assert_eq!((all.tokens, all.grads.len()), (alone.tokens, alone.grads.len()), "{work:?}");
-                assert!((all.shown / alone.shown - 1.0).abs() < 1e-5, "{work:?}: loss {} and {}", all.shown, alone.shown);
+                let (a, b) = (all.shown.item(), alone.shown.item());
+                assert!((a / b - 1.0).abs() < 1e-5, "{work:?}: loss {a} and {b}");
                 for (name, gradient) in &all.grads {
                     let expected = alone.grads[name].f32();
                     let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| (x as f64).powi(2)).sum::<f64>().sqrt();

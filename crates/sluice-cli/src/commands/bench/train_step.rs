@@ -90,7 +90,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let mut reports = (0..WARM_UP).map(|step| trainer.step(&data(step))).collect::<Result<Vec<_>>>()?;
     memory::reset_peak();
-    let waits_before = device.gpu().map(|gpu| gpu.waits());
     for step in WARM_UP..n_steps {
         reports.push(trainer.step(&data(step))?);
     }
@@ -107,8 +106,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         (routing.is_none() && device.gpu().is_none_or(|gpu| gpu.precision().activations() == DType::F32)).then_some(predicted.peak_bytes);
     let n_params: usize = trainer.model.params().iter().map(|param| param.value.len()).sum();
     let median = tokens / median(&seconds);
-    // Reading the loss and the norm of the gradient are waits of the host; nothing else in a step should be.
-    let waits_per_step = device.gpu().zip(waits_before).map(|(gpu, before)| (gpu.waits() - before) as f64 / seconds.len() as f64);
+    let host_waits: Vec<u64> = reports[WARM_UP..].iter().map(|report| report.host_waits).collect();
     let (name, precision) = match device.gpu() {
         Some(gpu) => (gpu.name().to_string(), gpu.precision().name()),
         None => (cpu_name(), "f32"),
@@ -116,7 +114,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.json {
         println!(
             "{}",
-            json!({"device": name, "precision": precision, "waits_per_step": waits_per_step, "engine": "sluice", "config": args.config, "context": setup.context, "batch": setup.batch,
+            json!({"device": name, "precision": precision, "host_waits_inside_steps": host_waits, "engine": "sluice", "config": args.config, "context": setup.context, "batch": setup.batch,
                 "threads": rayon::current_num_threads(), "steps": seconds.len(), "tokens_per_second": median, "seconds": seconds,
                 "first_loss": first_loss, "last_loss": last_loss, "losses": losses, "learning_rates": reports.iter().map(|r| r.lr).collect::<Vec<_>>(), "n_params": n_params, "checkpoint": args.checkpoint,
                 "peak_bytes": peak, "predicted_peak_bytes": predicted_peak, "routing": routing, "fresh_batches": file.is_some(), "cpu": cpu_name()})
