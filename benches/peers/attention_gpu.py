@@ -44,6 +44,11 @@ CASES = [
     case(t=4096, shape=LARGE, w=128, k=256, r=64, sinks=4),
     case(t=3000, shape=(3, 1, 64), w=8, k=1500, r=8),
     case(t=2100, shape=(4, 1, 128), w=2100, k=1, r=64, bias=False),  # Dense causal attention.
+    case(t=900, shape=(2, 1, 64), w=16, k=64, r=64),  # Tiles of 128 rows.
+    # Routing by chunks, and what precedes them in one group and in several.
+    case(t=6000, shape=(1, 1, 64), w=128, k=256, r=100, ties=True, lens=[6000, 4500]),
+    case(t=20000, shape=(1, 1, 64), w=128, k=256, r=512, bias=False),
+    case(t=20000, shape=(1, 1, 64), w=8, k=1500, r=512, ties=True, bias=False),
 ]
 
 

@@ -125,19 +125,35 @@ class Routed:
         f32 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.float32, device=dev)
         i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
         bf16 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.bfloat16, device=dev)
-        # Chunks and groups that fit shared memory; a single group needs two launches fewer, but more candidates a block.
-        self.chunk = max(1024, top_k)
-        while True:
-            self.n_chunks = max(1, ceil(self.n_candidates, self.chunk))
-            self.chunk_group = self.n_chunks if (self.n_chunks - 1) * top_k <= 4096 else math.isqrt(self.n_chunks)
-            self.n_groups = ceil(self.n_chunks, self.chunk_group)
-            if (self.n_groups + self.chunk_group) * top_k <= 27_000 or self.n_chunks == 1:
-                break
-            self.chunk *= 2
+        self.plan(4096, 200 << 10)
         lists = lambda n: torch.empty((b, g, n, top_k), dtype=torch.int64, device=dev)
         self.best, self.group_best, self.before = lists(self.n_chunks), lists(self.n_groups), lists(self.n_chunks)
         self.indices, self.tau = i32(b, self.n_blocks, g, self.n_places), f32(b, self.n_blocks, g)
         self.o, self.lse = bf16(b, t, heads, d), f32(b, t, heads)
+
+    def plan(self, few, most_bytes):
+        """Chunks and groups of the fewest launches that leave no block too many candidates, as `Plan` in `top_k_routing/cuda.rs`."""
+
+        def one_group(chunk, before):
+            self.chunk, self.has_before = chunk, before
+            self.n_chunks = max(1, ceil(self.n_candidates, chunk))
+            self.chunk_group, self.n_groups = self.n_chunks, 1
+
+        k = self.top_k
+        if self.n_candidates <= few:
+            return one_group(max(self.n_candidates, k), False)
+        one_group(max(1024, k), False)
+        if (self.n_chunks - 1) * k <= few:
+            return
+        chunk = max(2048, k)
+        while True:
+            one_group(chunk, True)
+            if (self.n_chunks - 1) * k > 2 * few:
+                self.chunk_group = math.isqrt(self.n_chunks)
+                self.n_groups = ceil(self.n_chunks, self.chunk_group)
+            if (self.n_groups - 1 + self.chunk_group) * k * 8 <= most_bytes:
+                return
+            chunk *= 2
 
     def prepare_bwd(self):
         """Buffers of the backward pass."""
@@ -170,20 +186,23 @@ class Routed:
         if self.n_places == 0:
             self.tau.fill_(-float("inf"))
             return
-        f, pairs = lambda name: function("routing", name), self.b * self.g
-        shared = lambda n: ceil(n, 512) * 512 * 8
+        f, pairs, threads = lambda name: function("routing", name), self.b * self.g, 512
         if self.n_chunks > 1:
-            launch(f("best_of_chunks"), (self.n_chunks, self.g, self.b), 128, shared(self.chunk), scores, self.lens, self.best, self.t, self.g, self.n_sink, self.top_k,
+            launch(f("best_of_chunks"), (self.n_chunks, self.g, self.b), threads, 4 * self.chunk, scores, self.lens, self.best, self.t, self.g, self.n_sink, self.top_k,
                    self.chunk)
-        before, n_before = None, (self.n_chunks - 1) * self.top_k
-        if self.n_groups > 1:
-            before, n_before = self.before, self.top_k
-            launch(f("best_of_groups"), (self.n_groups, pairs), 128, shared(self.chunk_group * self.top_k), self.best, self.group_best, self.n_chunks,
-                   self.chunk_group, self.top_k)
-            launch(f("best_before"), (self.n_chunks, pairs), 128, shared((self.n_groups + self.chunk_group) * self.top_k), self.best, self.group_best, before,
+        before = self.before if self.has_before else None
+        if self.has_before:
+            if self.n_groups > 1:
+                launch(f("best_of_groups"), (self.n_groups, pairs), threads, 8 * self.chunk_group * self.top_k, self.best, self.group_best, self.n_chunks,
+                       self.chunk_group, self.top_k)
+            launch(f("best_before"), (self.n_chunks, pairs), threads, 8 * (self.n_groups - 1 + self.chunk_group) * self.top_k, self.best, self.group_best, before,
                    self.chunk_group, self.n_groups, self.top_k)
-        launch(f("route_blocks"), (self.n_blocks, self.g, self.b), 128, shared(n_before + self.chunk), scores, self.lens, self.best, before, self.indices, self.tau,
-               self.t, self.g, self.n_blocks, self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk, self.n_chunks)
+        listed = 8 * self.top_k * (1 if self.has_before else self.n_chunks - 1)
+        # Consecutive blocks of one run share most of the work.
+        run = max(1, min(self.n_blocks * pairs // 128, 512 // self.every if self.top_k <= 512 else 1, self.n_blocks))
+        contenders = 8 * (self.top_k + 512) if run > 1 else 0
+        launch(f("route_blocks"), (ceil(self.n_blocks, run), self.g, self.b), threads, contenders + listed + 4 * self.chunk, scores, self.lens, self.best, before,
+               self.indices, self.tau, self.t, self.g, self.n_blocks, self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk, self.n_chunks, run)
 
     def attention(self, pass_):
         warpgroups = 1 if self.d == 64 else 2

@@ -51,7 +51,7 @@ pub(crate) unsafe fn launch(gpu: &Gpu, source: &KernelSource, name: &str, grid: 
     assert!(shared <= most, "{name} wants {shared} bytes of shared memory, a block of {gpu:?} has {most}");
     let function = or_raise(gpu.function(source, name));
     // 48 KiB need no leave, but a kernel's static shared memory counts among them.
-    if shared > 32 << 10 {
+    if shared > 24 << 10 {
         or_raise(gpu.allow_shared_memory(function, shared));
     }
     // SAFETY: the caller's promise.

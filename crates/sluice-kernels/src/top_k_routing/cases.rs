@@ -29,7 +29,7 @@ const CASES: &[Case] = &[
     Case { ties: true, short: Some(41), ..BASE },
     Case { window: 1, every: 1, top_k: 33, short: Some(0), ..BASE },
     Case { window: 300, ..BASE },
-    // Candidates that just fill the shared memory which needs no leave.
+    // A budget of half the candidates.
     Case { t: 4096, heads: 1, window: 128, top_k: 1920, every: 64, ..BASE },
     Case { top_k: 0, n_sink: 0, ..BASE },
     Case { top_k: 200, ..BASE },
@@ -38,6 +38,10 @@ const CASES: &[Case] = &[
     Case { t: 4800, heads: 1, window: 128, top_k: 256, every: 64, ties: true, ..BASE },
     Case { t: 14000, heads: 1, window: 128, top_k: 256, every: 512, n_sink: 4, short: Some(9000), ..BASE },
     Case { t: 7000, heads: 1, window: 5, top_k: 1500, every: 700, ties: true, ..BASE },
+    Case { t: 20000, heads: 1, window: 5, top_k: 1500, every: 2000, ties: true, ..BASE },
+    // Runs of several blocks.
+    Case { t: 5000, heads: 2, window: 5, top_k: 64, every: 8, ties: true, short: Some(3001), ..BASE },
+    Case { t: 9000, heads: 2, window: 64, top_k: 256, every: 16, n_sink: 4, ..BASE },
 ];
 
 pub(crate) fn run(check: &mut Check<'_>) {

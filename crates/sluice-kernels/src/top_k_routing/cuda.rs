@@ -12,10 +12,16 @@ use crate::routed_attention::gpu_routing::{GpuRouting, upload_lens};
 const SOURCE: KernelSource = KernelSource { name: "top_k_routing", code: include_str!("top_k_routing.cu") };
 
 /// Threads of a block.
-const THREADS: u32 = 128;
+const THREADS: u32 = 512;
 
-/// Candidates that shared memory holds at most, with their positions.
-const MOST_CANDIDATES: usize = 27 * 1024;
+/// Positions that a run of blocks adds to those before its first one, at most.
+const RUN: usize = 512;
+
+/// Bytes of candidates that shared memory holds at most; the kernels have 21 KiB of their own beside them.
+const MOST_BYTES: usize = 200 << 10;
+
+/// Candidates that a block looks through without help.
+const FEW_CANDIDATES: usize = 4096;
 
 /// How positions are cut into chunks, and chunks into groups.
 struct Plan {
@@ -24,32 +30,67 @@ struct Plan {
     /// Chunks of a group.
     group: usize,
     n_groups: usize,
+    /// Whether what precedes a chunk is computed once for all its blocks.
+    before: bool,
 }
 
 impl Plan {
-    /// A single group needs two launches fewer, for more candidates a block.
+    /// The fewest launches that leave no block too many candidates.
     #[track_caller]
     fn new(n_candidates: usize, top_k: usize) -> Self {
-        let mut chunk = top_k.max(1024);
-        loop {
+        let one_group = |chunk: usize, before| {
             let n_chunks = n_candidates.div_ceil(chunk).max(1);
-            let group = if (n_chunks - 1) * top_k <= 4096 { n_chunks } else { n_chunks.isqrt() };
-            let n_groups = n_chunks.div_ceil(group);
-            let lists = if n_chunks == 1 { 0 } else { n_groups + group };
-            if chunk + top_k > MOST_CANDIDATES {
+            Self { chunk, n_chunks, group: n_chunks, n_groups: 1, before }
+        };
+        if n_candidates <= FEW_CANDIDATES {
+            return one_group(n_candidates.max(top_k), false);
+        }
+        let plan = one_group(top_k.max(1024), false);
+        if (plan.n_chunks - 1) * top_k <= FEW_CANDIDATES && plan.bytes(top_k) <= MOST_BYTES {
+            return plan;
+        }
+        let mut chunk = top_k.max(2048);
+        loop {
+            let mut plan = one_group(chunk, true);
+            if (plan.n_chunks - 1) * top_k > 2 * FEW_CANDIDATES {
+                plan.group = plan.n_chunks.isqrt();
+                plan.n_groups = plan.n_chunks.div_ceil(plan.group);
+            }
+            if plan.bytes(top_k) > MOST_BYTES {
                 panic!("top_k_routing on the GPU: a budget of {top_k} among {n_candidates} candidates does not fit shared memory");
             }
-            if lists * top_k <= MOST_CANDIDATES {
-                return Self { chunk, n_chunks, group, n_groups };
+            if listed(plan.lists() * top_k) <= MOST_BYTES {
+                return plan;
             }
             chunk *= 2;
         }
     }
+
+    /// Lists that make up what precedes a chunk, at most.
+    fn lists(&self) -> usize {
+        self.n_groups - 1 + self.group
+    }
+
+    /// Shared memory of the last kernel's candidates.
+    fn bytes(&self, top_k: usize) -> usize {
+        listed(if self.before { top_k } else { (self.n_chunks - 1) * top_k }) + 4 * self.chunk
+    }
 }
 
-/// Bytes of shared memory for so many candidates, whose number the kernels round up.
-fn shared(n_candidates: usize) -> u32 {
-    (n_candidates.next_multiple_of(4 * THREADS as usize) * 8) as u32
+/// Consecutive blocks that share most of the work: as many as leave enough to do side by side, if that is little at all.
+fn blocks_of_a_run(n_blocks: usize, pairs: usize, budget: &Budget) -> usize {
+    let most = if budget.top_k <= 512 { RUN / budget.route_every } else { 1 };
+    (n_blocks * pairs / 128).min(most).clamp(1, n_blocks)
+}
+
+/// Bytes of shared memory for what may be among the best of some block of a run.
+fn contenders(top_k: usize) -> usize {
+    listed(top_k + RUN)
+}
+
+/// Bytes of shared memory for so many candidates from lists.
+fn listed(n_candidates: usize) -> usize {
+    n_candidates * 8
 }
 
 /// The routing of `scores [B, T, G]`.
@@ -75,28 +116,32 @@ pub(super) fn route(gpu: &Arc<Gpu>, scores: &Tensor, lens: &[usize], budget: &Bu
         let tau = vec![f32::NEG_INFINITY; b * n_blocks * g];
         return GpuRouting { tau: or_raise(gpu.upload_slice(&tau)), ..routing };
     }
-    let Plan { chunk, n_chunks, group, n_groups } = Plan::new(budget.n_candidates(n_blocks - 1), top_k);
+    let plan = Plan::new(budget.n_candidates(n_blocks - 1), top_k);
+    let Plan { chunk, n_chunks, group, n_groups, .. } = plan;
     let int = |x: usize| Arg::I32(x as i32);
     let lists = |n: usize| bytes(b * g * n * top_k, 8);
-    let run = |name, grid, candidates, args: &[Arg]| {
+    let run = |name, grid, bytes: usize, args: &[Arg]| {
         // SAFETY: every buffer was made for these sizes.
-        unsafe { launch(gpu, &SOURCE, name, grid, THREADS, shared(candidates), args) };
+        unsafe { launch(gpu, &SOURCE, name, grid, THREADS, bytes as u32, args) };
     };
     let best: Option<Buffer> = (n_chunks > 1).then(|| {
         let best = lists(n_chunks);
         let args =
             [scores.into(), (&routing.lens_there).into(), (&best).into(), int(t), int(g), int(budget.n_sink), int(top_k), int(chunk)];
-        run("best_of_chunks", [n_chunks, g, b], chunk, &args);
+        run("best_of_chunks", [n_chunks, g, b], 4 * chunk, &args);
         best
     });
-    let before = best.as_ref().filter(|_| n_groups > 1).map(|best| {
+    let before = best.as_ref().filter(|_| plan.before).map(|best| {
         let (of_groups, before) = (lists(n_groups), lists(n_chunks));
-        let args = [best.into(), (&of_groups).into(), int(n_chunks), int(group), int(top_k)];
-        run("best_of_groups", [n_groups, b * g, 1], group * top_k, &args);
+        if n_groups > 1 {
+            let args = [best.into(), (&of_groups).into(), int(n_chunks), int(group), int(top_k)];
+            run("best_of_groups", [n_groups, b * g, 1], listed(group * top_k), &args);
+        }
         let args = [best.into(), (&of_groups).into(), (&before).into(), int(group), int(n_groups), int(top_k)];
-        run("best_before", [n_chunks, b * g, 1], (n_groups + group) * top_k, &args);
+        run("best_before", [n_chunks, b * g, 1], listed(plan.lists() * top_k), &args);
         before
     });
+    let blocks = blocks_of_a_run(n_blocks, b * g, budget);
     let address = |buffer: &Option<Buffer>| buffer.as_ref().map_or(Arg::U64(0), Arg::from);
     let args = [
         scores.into(),
@@ -115,9 +160,10 @@ pub(super) fn route(gpu: &Arc<Gpu>, scores: &Tensor, lens: &[usize], budget: &Bu
         int(budget.n_sink),
         int(chunk),
         int(n_chunks),
+        int(blocks),
     ];
-    let preceding = if before.is_some() { top_k } else { (n_chunks - 1) * top_k };
-    run("route_blocks", [n_blocks, g, b], preceding + chunk, &args);
+    let more = if blocks > 1 { contenders(top_k) } else { 0 };
+    run("route_blocks", [n_blocks.div_ceil(blocks), g, b], plan.bytes(top_k) + more, &args);
     routing
 }
 

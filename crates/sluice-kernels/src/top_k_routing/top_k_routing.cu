@@ -1,166 +1,245 @@
 // Causal prefix top-k for all blocks, heads and sequences at once.
 //
-// One operation does everything: four warps keep the k best of a list that is in order of position, and they come out
-// in that order again. They find the k-th best score two bits at a time, by counting, then walk over the list once; of
-// those that equal the k-th best the last ones are kept, since ties go to the larger position. Nothing is ever sorted.
+// One operation does most of it: a block of threads keeps the k best of a list that is in order of position, and they
+// come out in that order again. A histogram of the upper 12 bits of the scores, made while they arrive, says which few
+// candidates are near the k-th best; the k-th best is then found among these by counting the better ones of each. Ties go
+// to the larger position, so a candidate is compared by its score and then its place in the list.
 // The best of a union are the best of its parts' best, so with chunks of positions:
 //
 //   best_of_chunks   of every chunk
 //   best_of_groups   of every group of chunks
 //   best_before      of everything before a chunk: the groups before its group, and the chunks before it in the group
-//   route_blocks     of everything before a block: what precedes its last chunk, and the beginning of that
+//   route_blocks     of everything before a block, for a run of consecutive blocks
 //
-// A text of one group needs neither the second kernel nor the third. A list is `top_k` candidates (`u64`: score in an
-// order-preserving form, position below). A chunk is no shorter than that, so whatever precedes a candidate is full.
+// The first block of a run gets the best of what precedes its last chunk and of that chunk's beginning. What may still
+// change for the others is little: these k, and those of the run's own positions that are no worse than the k-th. A warp
+// has them in registers and finds the k-th best of a block by counting. If even what precedes the chunk leaves but few of its
+// candidates a chance, the first block is no exception.
+//
+// A text of one chunk needs the last kernel only, one of a few chunks the first as well, one of a single group all but the
+// second. A list is `top_k` candidates (`u64`: score in an order-preserving form, position below). A chunk is no shorter
+// than that, so whatever precedes a candidate is full.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int THREADS = 128, WARPS = THREADS / 32;
+constexpr int THREADS = 512, WARPS = THREADS / 32;
+constexpr int DIGIT = 12, BINS = 1 << DIGIT;
+// A candidate's key is its rank, and its place in the list in 16 bits below.
+constexpr int PLACE_BITS = 16, KEY_BITS = 32 + PLACE_BITS;
+// Positions that a run of blocks adds to the first one's, at most.
+constexpr int RUN = 512;
 constexpr u32 RANK_OF_INFINITY = 0xff800000u;
 
 // A score as the order sees it: larger is better, and 0 is less than any. NaN loses to everything, -0 equals 0.
 __device__ __forceinline__ u32 rank_of(float score) {
-    score = score != score ? __int_as_float(0xff800000) : score == 0.0f ? 0.0f : score;
-    const u32 bits = __float_as_uint(score);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
+    const u32 bits = __float_as_uint(fmaxf(score, __int_as_float(0xff800000)) + 0.0f);
+    return bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
 }
 
 __device__ __forceinline__ float score_of(u32 rank) { return __uint_as_float(rank >> 31 ? rank & 0x7fffffffu : ~rank); }
 
-extern __shared__ uint4 shared[];
+// Candidates of each value of the digit.
+__shared__ __align__(16) u32 bins[BINS];
+extern __shared__ u32 shared[];
 
-// Candidates in shared memory, `n` of them, in order of position.
+// Candidates in shared memory, `n` of them, in order of position: first those of lists, then consecutive positions.
 struct Candidates {
     u32* rank;
-    int* position;
-    int n;
+    int* position;  // Of those from lists.
+    int n, n_listed;
+    int begin;      // First of the consecutive ones.
+
+    __device__ __forceinline__ int position_of(int i) const { return i < n_listed ? position[i] : begin + i - n_listed; }
 };
 
-// Room for candidates, in a multiple of what the warps count at a time.
-__device__ __forceinline__ int padded(int n) { return (n + 4 * THREADS - 1) / (4 * THREADS) * (4 * THREADS); }
+__device__ __forceinline__ void clear_bins() {
+    for (int i = threadIdx.x; i < BINS / 4; i += THREADS) ((uint4*)bins)[i] = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+}
 
-__device__ __forceinline__ Candidates no_candidates(int capacity) {
+// Dynamic shared memory from `memory` on: 8 bytes for everyone of `most_listed` candidates from lists, 4 for any other.
+__device__ __forceinline__ Candidates no_candidates(u32* memory, int most_listed) {
+    clear_bins();
     Candidates c;
-    c.rank = (u32*)shared;
-    c.position = (int*)(c.rank + padded(capacity));
-    c.n = 0;
+    c.position = (int*)memory;
+    c.rank = memory + most_listed;
+    c.n = c.n_listed = c.begin = 0;
     return c;
+}
+
+__device__ __forceinline__ void add(u32* to, u32 rank) {
+    *to = rank;
+    atomicAdd(bins + (rank >> (32 - DIGIT)), 1u);
 }
 
 // Append `n` candidates.
 __device__ __forceinline__ void append_list(Candidates& c, const u64* list, int n) {
-    for (int begin = threadIdx.x; begin < n; begin += 8 * THREADS) {
-        u64 x[8];
+    list += threadIdx.x;
+    u32* rank = c.rank + c.n + threadIdx.x;
+    int* position = c.position + c.n + threadIdx.x;
+#pragma unroll 1
+    for (int left = n - threadIdx.x; left > 0; left -= 4 * THREADS, list += 4 * THREADS, rank += 4 * THREADS, position += 4 * THREADS) {
+        u64 x[4];
 #pragma unroll
-        for (int e = 0; e < 8; e++) x[e] = list[min(begin + e * THREADS, n - 1)];
+        for (int e = 0; e < 4; e++) {
+            if (e * THREADS < left) x[e] = list[e * THREADS];
+        }
 #pragma unroll
-        for (int e = 0; e < 8; e++) {
-            const int i = begin + e * THREADS;
-            if (i < n) c.rank[c.n + i] = (u32)(x[e] >> 32), c.position[c.n + i] = (int)(u32)x[e];
+        for (int e = 0; e < 4; e++) {
+            if (e * THREADS < left) add(rank + e * THREADS, (u32)(x[e] >> 32)), position[e * THREADS] = (int)(u32)x[e];
         }
     }
     c.n += n;
+    c.n_listed += n;
 }
 
-// Append the positions `begin..end`. `scores` is the sequence's, `stride` apart.
+// Append the positions `begin..end`, once and last. `scores` is the sequence's, `stride` apart.
 __device__ __forceinline__ void append_scores(Candidates& c, const float* scores, int begin, int end, int stride, int n_sink) {
     const int n = max(0, end - begin);
-    for (int first = threadIdx.x; first < n; first += 8 * THREADS) {
-        float x[8];
+    const long step = (long)THREADS * stride;
+    const float* from = scores + (long)(begin + (int)threadIdx.x) * stride;
+    u32* rank = c.rank + c.n + threadIdx.x;
+    int sinks = n_sink - begin - threadIdx.x;
+#pragma unroll 1
+    for (int left = n - threadIdx.x; left > 0; left -= 4 * THREADS, rank += 4 * THREADS, from += 4 * step, sinks -= 4 * THREADS) {
+        float x[4];
 #pragma unroll
-        for (int e = 0; e < 8; e++) x[e] = scores[(long)(begin + min(first + e * THREADS, n - 1)) * stride];
+        for (int e = 0; e < 4; e++) {
+            if (e * THREADS < left) x[e] = from[e * step];
+        }
 #pragma unroll
-        for (int e = 0; e < 8; e++) {
-            const int i = first + e * THREADS;
-            if (i < n) c.rank[c.n + i] = begin + i < n_sink ? RANK_OF_INFINITY : rank_of(x[e]), c.position[c.n + i] = begin + i;
+        for (int e = 0; e < 4; e++) {
+            if (e * THREADS < left) add(rank + e * THREADS, e * THREADS < sinks ? RANK_OF_INFINITY : rank_of(x[e]));
         }
     }
     c.n += n;
+    c.begin = begin;
 }
 
-// Sum over the warps of three numbers, the first two below 2^16 a warp. `turn` alternates.
-__device__ __forceinline__ void sum_of_warps(int (&x)[3], int turn) {
-    __shared__ int2 of_warp[2][WARPS];
-    const int first = __reduce_add_sync(0xffffffffu, x[0] | x[1] << 16), last = __reduce_add_sync(0xffffffffu, x[2]);
-    if (threadIdx.x % 32 == 0) of_warp[turn][threadIdx.x / 32] = make_int2(first, last);
-    __syncthreads();
-    x[0] = x[1] = x[2] = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-        const int2 y = of_warp[turn][w];
-        x[0] += y.x & 0xffff, x[1] += (u32)y.x >> 16, x[2] += y.y;
-    }
-}
-
-// The rank of the k-th best, 0 if there are fewer; `emit(i, rank, position)` for every member, `i` counting them in
-// order. Returns their number.
+// The key of the k-th best, 0 if there are fewer; `emit(i, rank, position)` for every member, `i` counting them in
+// order; their number in `n_members`.
 template <class Emit>
-__device__ __forceinline__ int keep_best(const Candidates& c, int top_k, u32& worst, Emit emit) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, share = padded(c.n) / WARPS, begin = warp * share;
-    for (int i = c.n + threadIdx.x; i < padded(c.n); i += THREADS) c.rank[i] = 0;
+__device__ __forceinline__ u64 keep_best(const Candidates& c, int top_k, int& n_members, Emit emit) {
+    __shared__ __align__(16) u64 close[THREADS + 2];
+    __shared__ u64 kth;
+    __shared__ int of_warp[WARPS], bin, n_above, n_in, n_close;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const auto key = [&](int i) { return (u64)c.rank[i] << PLACE_BITS | (u32)i; };
+    // A warp has consecutive candidates; what the warps before it hold decides where its members begin.
+    const int share = (c.n + THREADS - 1) / THREADS * 32, begin = warp * share, end = min(begin + share, c.n);
+    u64 least = 0;
     __syncthreads();
-    worst = 0;
-    int n_at_least = c.n;
-    if (c.n >= top_k) {
-#pragma unroll 1
-        for (int shift = 30; shift >= 0; shift -= 2) {
-            const u32 bound[3] = {worst | 1u << shift, worst | 2u << shift, worst | 3u << shift};
-            int n[3] = {};
-            for (int i = begin + lane * 4; i < begin + share; i += 128) {
-                const uint4 x = *(const uint4*)(c.rank + i);
+    if (c.n < top_k) {
+        if (lane == 0) of_warp[warp] = max(0, end - begin);
+        __syncthreads();
+    } else {
+        u64 prefix = 0;
+        int shift = KEY_BITS, needed = top_k, n;
+        for (;;) {
+            // The bin of the one that is needed, counted from the last bin; a thread has a few consecutive ones.
+            constexpr int EACH = BINS / THREADS;
+            const int first = BINS - (threadIdx.x + 1) * EACH;
+            int mine[EACH], sum = 0;
 #pragma unroll
-                for (int e = 0; e < 3; e++) n[e] += (x.x >= bound[e]) + (x.y >= bound[e]) + (x.z >= bound[e]) + (x.w >= bound[e]);
+            for (int e = 0; e < EACH; e += 4) {
+                const uint4 x = *(const uint4*)(bins + first + e);
+                mine[e] = x.x, mine[e + 1] = x.y, mine[e + 2] = x.z, mine[e + 3] = x.w;
+                sum += x.x + x.y + x.z + x.w;
             }
-            sum_of_warps(n, shift / 2 % 2);
+            int up_to = sum;
 #pragma unroll
-            for (int e = 0; e < 3; e++) {
-                if (n[e] >= top_k) worst = bound[e], n_at_least = n[e];
+            for (int d = 1; d < 32; d *= 2) {
+                const int other = __shfl_up_sync(0xffffffffu, up_to, d);
+                if (lane >= d) up_to += other;
+            }
+            if (lane == 31) of_warp[warp] = up_to;
+            __syncthreads();
+            int before = of_warp[lane % WARPS];
+            before = __reduce_add_sync(0xffffffffu, lane < warp ? before : 0);
+            up_to += before;
+            if (up_to - sum < needed && needed <= up_to) {
+                int above = up_to - sum;
+#pragma unroll
+                for (int e = EACH - 1; e >= 0; e--) {
+                    if (above < needed && needed <= above + mine[e]) bin = first + e, n_above = above, n_in = mine[e], n_close = 0;
+                    above += mine[e];
+                }
+            }
+            __syncthreads();
+            prefix = prefix << DIGIT | (u32)bin, needed -= n_above, n = n_in, shift -= DIGIT;
+            // The last digit leaves one.
+            if (n <= THREADS) break;
+            clear_bins();
+            for (int i = threadIdx.x; i < c.n; i += THREADS) {
+                if (key(i) >> shift == prefix) atomicAdd(bins + (u32)(key(i) >> (shift - DIGIT)) % BINS, 1u);
+            }
+            __syncthreads();
+        }
+        // Those in the bin, and the number of those above it.
+        int n_better = 0;
+        if (shift == KEY_BITS - DIGIT) {
+#pragma unroll 2
+            for (int i = begin + lane; i < end; i += 32) {
+                const u32 digit = c.rank[i] >> (32 - DIGIT);
+                n_better += digit > (u32)prefix;
+                if (digit == (u32)prefix) close[atomicAdd(&n_close, 1)] = key(i);
+            }
+        } else {
+            for (int i = begin + lane; i < end; i += 32) {
+                n_better += key(i) >> shift > prefix;
+                if (key(i) >> shift == prefix) close[atomicAdd(&n_close, 1)] = key(i);
             }
         }
+        n_better = __reduce_add_sync(0xffffffffu, n_better);
+        if (lane == 0) of_warp[warp] = n_better;
+        if (threadIdx.x == 0) close[n] = 0;
+        __syncthreads();
+        if (threadIdx.x < n) {
+            const u64 mine = close[threadIdx.x];
+            int n_better = 0;
+#pragma unroll 4
+            for (int i = 0; i < n; i += 2) {
+                const ulonglong2 other = *(const ulonglong2*)(close + i);
+                n_better += (other.x > mine) + (other.y > mine);
+            }
+            if (n_better < needed) atomicAdd(of_warp + (u32)mine % (1u << PLACE_BITS) / share, 1);
+            if (n_better == needed - 1) kth = mine;
+        }
+        __syncthreads();
+        least = kth;
     }
-    // Of the equals of the worst, so many at the beginning are too many. What the warps before this one hold decides
-    // where it begins.
-    __shared__ int2 found[WARPS];
-    int above = 0, equal = 0;
-    for (int i = begin + lane; i < min(begin + share, c.n); i += 32) above += c.rank[i] > worst, equal += c.rank[i] == worst;
-    above = __reduce_add_sync(0xffffffffu, above), equal = __reduce_add_sync(0xffffffffu, equal);
-    if (lane == 0) found[warp] = make_int2(above, equal);
-    __syncthreads();
-    const int n_out = max(0, n_at_least - top_k);
-    int to = 0, equals = 0, n_members = 0;
-    for (int w = 0, equals_so_far = 0; w < WARPS; w++) {
-        if (w == warp) to = n_members, equals = equals_so_far;
-        n_members += found[w].x + max(0, equals_so_far + found[w].y - n_out) - max(0, equals_so_far - n_out);
-        equals_so_far += found[w].y;
-    }
-    for (int first = begin; first < min(begin + share, c.n); first += 32) {
+    const u32 above = (u32)(least >> PLACE_BITS);
+    const int least_place = (int)((u32)least % (1u << PLACE_BITS));
+    const int n_of_warp = lane < WARPS ? of_warp[lane] : 0;
+    n_members = __reduce_add_sync(0xffffffffu, n_of_warp);
+    int to = __reduce_add_sync(0xffffffffu, lane < warp ? n_of_warp : 0);
+    if (__shfl_sync(0xffffffffu, n_of_warp, warp) == 0) return least;
+#pragma unroll 2
+    for (int first = begin; first < end; first += 32) {
         const int i = first + lane;
-        const bool real = i < c.n && i < begin + share;
-        const u32 rank = real ? c.rank[i] : 0;
-        const int position = real ? c.position[i] : 0;
-        const u32 equal_votes = __ballot_sync(0xffffffffu, real && rank == worst);
-        const bool is_member = real && (rank > worst || (rank == worst && equals + __popc(equal_votes & ((1u << lane) - 1)) >= n_out));
+        const u32 rank = i < end ? c.rank[i] : 0;
+        const bool is_member = i < end && (rank > above || (rank == above && i >= least_place));
         const u32 votes = __ballot_sync(0xffffffffu, is_member);
-        if (is_member) emit(to + __popc(votes & ((1u << lane) - 1)), rank, position);
-        to += __popc(votes), equals += __popc(equal_votes);
+        if (is_member) emit(to + __popc(votes & ((1u << lane) - 1)), rank, c.position_of(i));
+        to += __popc(votes);
     }
-    return n_members;
+    return least;
 }
 
 // Keep the best as a list.
 __device__ __forceinline__ void keep_list(const Candidates& c, int top_k, u64* list) {
-    u32 worst;
-    const int n = keep_best(c, top_k, worst, [&](int i, u32 rank, int position) { list[i] = (u64)rank << 32 | (u32)position; });
+    int n;
+    keep_best(c, top_k, n, [&](int i, u32 rank, int position) { list[i] = (u64)rank << 32 | (u32)position; });
     for (int i = n + threadIdx.x; i < top_k; i += THREADS) list[i] = 0;
 }
 
-// Every kernel has blocks of 128 threads; dynamic shared memory: 8 bytes a candidate, their number rounded up to 512.
+// Every kernel has blocks of 512 threads; dynamic shared memory as `no_candidates` says.
 
 // best [B, G, n_chunks, top_k]. Grid [n_chunks, G, B].
 extern "C" __global__ __launch_bounds__(THREADS) void best_of_chunks(const float* scores, const int* lens, u64* best, int T, int G, int n_sink, int top_k, int chunk_size) {
     const int chunk = blockIdx.x, g = blockIdx.y, b = blockIdx.z;
-    Candidates c = no_candidates(chunk_size);
+    Candidates c = no_candidates(shared, 0);
     append_scores(c, scores + (long)b * T * G + g, chunk * chunk_size, min((chunk + 1) * chunk_size, lens[b]), G, n_sink);
     keep_list(c, top_k, best + (((long)b * G + g) * gridDim.x + chunk) * top_k);
 }
@@ -168,37 +247,187 @@ extern "C" __global__ __launch_bounds__(THREADS) void best_of_chunks(const float
 // group_best [B, G, n_groups, top_k]. Grid [n_groups, B * G].
 extern "C" __global__ __launch_bounds__(THREADS) void best_of_groups(const u64* best, u64* group_best, int n_chunks, int group, int top_k) {
     const long first = (long)blockIdx.x * group;
-    Candidates c = no_candidates(group * top_k);
+    Candidates c = no_candidates(shared, group * top_k);
     append_list(c, best + (blockIdx.y * (long)n_chunks + first) * top_k, (int)min((long)group, n_chunks - first) * top_k);
     keep_list(c, top_k, group_best + ((long)blockIdx.y * gridDim.x + blockIdx.x) * top_k);
 }
 
-// before [B, G, n_chunks, top_k]. Grid [n_chunks, B * G].
+// before [B, G, n_chunks, top_k]. Grid [n_chunks, B * G]; the last chunks, which have most to do, come first.
 extern "C" __global__ __launch_bounds__(THREADS) void best_before(const u64* best, const u64* group_best, u64* before, int group, int n_groups, int top_k) {
-    const int chunk = blockIdx.x, first = chunk / group * group;
-    Candidates c = no_candidates((n_groups + group) * top_k);
+    const int n_chunks = gridDim.x, chunk = n_chunks - 1 - blockIdx.x, first = chunk / group * group;
+    Candidates c = no_candidates(shared, (n_groups - 1 + group) * top_k);
     append_list(c, group_best + (long)blockIdx.y * n_groups * top_k, chunk / group * top_k);
-    append_list(c, best + ((long)blockIdx.y * gridDim.x + first) * top_k, (chunk - first) * top_k);
-    keep_list(c, top_k, before + ((long)blockIdx.y * gridDim.x + chunk) * top_k);
+    append_list(c, best + ((long)blockIdx.y * n_chunks + first) * top_k, (chunk - first) * top_k);
+    keep_list(c, top_k, before + ((long)blockIdx.y * n_chunks + chunk) * top_k);
+}
+
+// Those that may be among the best of some block of a run, in order of position.
+struct Contenders {
+    u32* rank;
+    int* position;
+    int n;
+};
+
+// Append those of THREADS * EACH candidates that have a rank that is not 0, in order: first by warp, then by `e`, then by lane.
+// False if there are more than `most` then, and nobody was appended.
+template <int EACH>
+__device__ __forceinline__ bool append(Contenders& x, const u32 (&rank)[EACH], int first_position, int step, int most) {
+    __shared__ int of_warp[WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int n = 0;
+#pragma unroll
+    for (int e = 0; e < EACH; e++) n += __popc(__ballot_sync(0xffffffffu, rank[e] > 0));
+    if (lane == 0) of_warp[warp] = n;
+    __syncthreads();
+    const int n_of_warp = lane < WARPS ? of_warp[lane] : 0;
+    const int all = x.n + __reduce_add_sync(0xffffffffu, n_of_warp);
+    if (all > most) return false;
+    int to = x.n + __reduce_add_sync(0xffffffffu, lane < warp ? n_of_warp : 0);
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        const u32 votes = __ballot_sync(0xffffffffu, rank[e] > 0);
+        const int i = to + __popc(votes & ((1u << lane) - 1));
+        if (rank[e] > 0) x.rank[i] = rank[e], x.position[i] = first_position + e * step;
+        to += __popc(votes);
+    }
+    x.n = all;
+    __syncthreads();
+    return true;
+}
+
+// A warp routes a block: the best of the contenders below `limit`, none of which has a rank below `least`.
+__device__ __forceinline__ void route_block(const Contenders& x, int limit, int top_k, u32 least, int* indices, float* tau, int n_places) {
+    constexpr int MOST = 2 * RUN / 32, PART = 8;  // Contenders of a lane, and those of them that are skipped together.
+    const int lane = threadIdx.x % 32;
+    u32 rank[MOST];
+    int n = 0;
+#pragma unroll
+    for (int part = 0; part < MOST; part += PART) {
+#pragma unroll
+        for (int e = part; e < part + PART; e++) rank[e] = 0;
+        if (part * 32 < x.n) {
+#pragma unroll
+            for (int e = part; e < part + PART; e++) {
+                const int i = e * 32 + lane;
+                if (i < x.n && x.position[i] < limit) rank[e] = x.rank[i], n++;
+            }
+        }
+    }
+    n = __reduce_add_sync(0xffffffffu, n);
+    const auto n_from = [&](u32 bound) {
+        int n = 0;
+#pragma unroll
+        for (int part = 0; part < MOST; part += PART) {
+            if (part * 32 < x.n) {
+#pragma unroll
+                for (int e = part; e < part + PART; e++) n += rank[e] >= bound;
+            }
+        }
+        return __reduce_add_sync(0xffffffffu, n);
+    };
+    // Members are those from `low` on, less the first `leave` of those that equal it. Few have come since `least` was the
+    // worst, so the search begins near it.
+    u32 low = max(least, 1u), high = RANK_OF_INFINITY + 1;
+    int leave = max(0, n - top_k);
+    for (u32 step = 1u << 16; leave > 0 && high - low > 1;) {
+        const u32 middle = step < high - low ? low + step : low + (high - low) / 2;
+        const int n_here = n_from(middle);
+        if (n_here >= top_k) low = middle, leave = n_here - top_k;
+        else high = middle;
+        step = high > RANK_OF_INFINITY ? min(step, 1u << 28) * 8 : 0xffffffffu;
+    }
+    u32 worst = 0xffffffffu;
+    int to = 0, equals = 0;
+#pragma unroll
+    for (int part = 0; part < MOST; part += PART) {
+        if (part * 32 < x.n) {
+#pragma unroll
+            for (int e = part; e < part + PART; e++) {
+                bool is_member = rank[e] >= low;
+                if (leave > 0) {
+                    const u32 votes = __ballot_sync(0xffffffffu, rank[e] == low);
+                    if (rank[e] == low && equals + __popc(votes & ((1u << lane) - 1)) < leave) is_member = false;
+                    equals += __popc(votes);
+                }
+                const u32 votes = __ballot_sync(0xffffffffu, is_member);
+                if (is_member) indices[to + __popc(votes & ((1u << lane) - 1))] = x.position[e * 32 + lane], worst = min(worst, rank[e]);
+                to += __popc(votes);
+            }
+        }
+    }
+    worst = __reduce_min_sync(0xffffffffu, worst);
+    for (int i = to + lane; i < n_places; i += 32) indices[i] = -1;
+    if (lane == 0) *tau = n < top_k ? __int_as_float(0xff800000) : score_of(worst);
 }
 
 // indices [B, n_blocks, G, n_places], ascending and padded with -1; tau [B, n_blocks, G]. `before` is null when what
-// precedes a chunk is to be had from `best`. Grid [n_blocks, G, B]; the last blocks, which have most to do, come first.
-extern "C" __global__ __launch_bounds__(THREADS) void route_blocks(const float* scores, const int* lens, const u64* best, const u64* before, int* indices, float* tau, int T,
+// precedes a chunk is to be had from `best`. Grid [ceil(n_blocks / run), G, B]; the last blocks, which have most to do,
+// come first. The blocks of a run but the first add RUN positions at most. Dynamic shared memory, beside that of
+// `no_candidates`, if a run has several blocks: 8 bytes for everyone of top_k + RUN contenders, which RUN >= top_k suits.
+extern "C" __global__ __launch_bounds__(THREADS, 2) void route_blocks(const float* scores, const int* lens, const u64* best, const u64* before, int* indices, float* tau, int T,
                                                               int G, int n_blocks, int n_places, int window, int top_k, int every, int n_sink, int chunk_size,
-                                                              int n_chunks) {
-    const int block = n_blocks - 1 - blockIdx.x, g = blockIdx.y, b = blockIdx.z;
-    const long pair = (long)b * G + g, at = ((long)b * n_blocks + block) * G + g;
-    const int n_candidates = block * every < lens[b] ? max(0, block * every + 1 - window) : 0;
-    const int chunk = max(0, n_candidates - 1) / chunk_size;
-    Candidates c = no_candidates((before ? top_k : (n_chunks - 1) * top_k) + chunk_size);
-    if (before) append_list(c, before + (pair * n_chunks + chunk) * top_k, chunk > 0 ? top_k : 0);
-    else append_list(c, best + pair * n_chunks * top_k, chunk * top_k);
-    append_scores(c, scores + (long)b * T * G + g, chunk * chunk_size, n_candidates, G, n_sink);
-    u32 worst;
-    const int n = keep_best(c, top_k, worst, [&](int i, u32, int position) { indices[at * n_places + i] = position; });
-    for (int i = n + threadIdx.x; i < n_places; i += THREADS) indices[at * n_places + i] = -1;
-    if (threadIdx.x == 0) tau[at] = worst ? score_of(worst) : __int_as_float(0xff800000);
+                                                              int n_chunks, int run) {
+    const int first = (gridDim.x - 1 - blockIdx.x) * run, n_here = min(run, n_blocks - first), g = blockIdx.y, b = blockIdx.z, len = lens[b];
+    const long pair = (long)b * G + g;
+    scores += (long)b * T * G + g;
+    const auto at = [&](int block) { return ((long)b * n_blocks + block) * G + g; };
+    const auto n_candidates = [&](int block) { return block * every < len ? max(0, block * every + 1 - window) : 0; };
+    const int begin = n_candidates(first), chunk = max(0, begin - 1) / chunk_size;
+    // The last candidate of the run.
+    const int last = n_here > 1 ? min(first + n_here - 1, (len - 1) / every) : first, end = last > first ? n_candidates(last) : begin;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, most = top_k + RUN;
+    const auto rank_at = [&](int position) { return position < n_sink ? RANK_OF_INFINITY : rank_of(scores[(long)position * G]); };
+    Contenders x = {shared, (int*)shared + most, 0};
+    u32 least = 0;
+    int routed = 0;
+
+    // If few of the chunk's candidates are no worse than the k-th of what precedes it, they and those k contend.
+    constexpr int EACH = 5;
+    if (run > 1 && before && chunk > 0 && end - chunk * chunk_size <= EACH * THREADS) {
+        __shared__ u32 least_of_warp[WARPS];
+        const u64* list = before + (pair * n_chunks + chunk) * top_k;
+        const int position = chunk * chunk_size + warp * (32 * EACH) + lane;
+        u32 rank[EACH];
+#pragma unroll
+        for (int e = 0; e < EACH; e++) rank[e] = position + 32 * e < end ? rank_at(position + 32 * e) : 0;
+        u32 least_here = 0xffffffffu;
+        for (int i = threadIdx.x; i < top_k; i += THREADS) {
+            const u64 key = list[i];
+            x.rank[i] = (u32)(key >> 32), x.position[i] = (int)(u32)key;
+            least_here = min(least_here, x.rank[i]);
+        }
+        least_here = __reduce_min_sync(0xffffffffu, least_here);
+        if (lane == 0) least_of_warp[warp] = least_here;
+        __syncthreads();
+        least = __reduce_min_sync(0xffffffffu, least_of_warp[lane % WARPS]);
+#pragma unroll
+        for (int e = 0; e < EACH; e++) rank[e] = rank[e] >= least ? rank[e] : 0;
+        x.n = top_k;
+        if (!append(x, rank, position, 32, most)) x.n = 0;
+    }
+    if (x.n == 0) {
+        Candidates c = no_candidates(shared + (run > 1 ? 2 * most : 0), before ? top_k : (n_chunks - 1) * top_k);
+        if (before) append_list(c, before + (pair * n_chunks + chunk) * top_k, chunk > 0 ? top_k : 0);
+        else append_list(c, best + pair * n_chunks * top_k, chunk * top_k);
+        append_scores(c, scores, chunk * chunk_size, begin, G, n_sink);
+        int* to = indices + at(first) * n_places;
+        least = (u32)(keep_best(c, top_k, x.n, [&](int i, u32 rank, int position) {
+            to[i] = position;
+            if (run > 1) x.rank[i] = rank, x.position[i] = position;
+        }) >> PLACE_BITS);
+        for (int i = x.n + threadIdx.x; i < n_places; i += THREADS) to[i] = -1;
+        if (threadIdx.x == 0) tau[at(first)] = least ? score_of(least) : __int_as_float(0xff800000);
+        if (n_here == 1) return;
+        const int position = begin + threadIdx.x;
+        const u32 rank[1] = {position < end ? rank_at(position) : 0};
+        const u32 contends[1] = {rank[0] >= least ? rank[0] : 0};
+        append(x, contends, position, 0, most);
+        routed = 1;
+    }
+    for (int i = routed + warp; i < n_here; i += WARPS) {
+        const long block = at(first + i);
+        route_block(x, n_candidates(first + i), top_k, least, indices + block * n_places, tau + block, n_places);
+    }
 }
 
 // The rows of `x` with `value` where the row's position is a sink.
