@@ -12,7 +12,7 @@ import torch
 KERNELS = pathlib.Path(__file__).resolve().parents[2] / "crates/sluice-kernels/src"
 TILE = KERNELS / "attention_tile/tile.cuh"
 SOURCES = {
-    "routing": [KERNELS / "top_k_routing/top_k_routing.cu"],
+    "routing": [KERNELS / "top_k_routing/k_best.cuh", KERNELS / "top_k_routing/top_k_routing.cu"],
     "attention": [TILE, KERNELS / "routed_attention/routed_attention.cu"],
     "keys": [TILE, KERNELS / "routed_attention/key_gradients.cu"],
 }

@@ -38,6 +38,10 @@ fn collect(folder: &Path, sources: &mut Vec<KernelSource>) {
                     let whole = format!("#define HEAD_DIM {head_dim}\n{tile}\n{code}");
                     sources.push(KernelSource { name: leak(format!("{name}_{head_dim}")), code: leak(whole) });
                 }
+            } else if code.contains("k_best.cuh, which this follows") {
+                let first = path.with_file_name("k_best.cuh");
+                let first = std::fs::read_to_string(&first).unwrap_or_else(|e| panic!("{}: {e}", first.display()));
+                sources.push(KernelSource { name: leak(name), code: leak(format!("{first}\n{code}")) });
             } else if code.contains("Compiled with HEAD_DIM, 32 or 64.") {
                 for head_dim in [32, 64] {
                     let whole = format!("#define HEAD_DIM {head_dim}\n{code}");

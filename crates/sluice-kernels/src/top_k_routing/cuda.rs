@@ -9,7 +9,8 @@ use super::Budget;
 use crate::launch::{launch, output, over_elements, run};
 use crate::routed_attention::gpu_routing::{GpuRouting, upload_lens};
 
-const SOURCE: KernelSource = KernelSource { name: "top_k_routing", code: include_str!("top_k_routing.cu") };
+const SOURCE: KernelSource =
+    KernelSource { name: "top_k_routing", code: concat!(include_str!("k_best.cuh"), "\n", include_str!("top_k_routing.cu")) };
 
 /// Threads of a block.
 const THREADS: u32 = 512;
