@@ -43,8 +43,8 @@ impl DeviceArgs {
 /// What a training step may hold: the option of commands that train.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub(crate) struct MemoryArgs {
-    /// Most that a training step may hold, for instance 24GiB: layers run again in the backward pass, and documents go one by one, as
-    /// far as it takes [on a GPU: nine tenths of what is free there; on the CPU: as the settings say]
+    /// Most that a training step may hold, for instance 24GiB: as many layers run again in the backward pass as it takes, then fewer documents
+    /// go together [on a GPU: nine tenths of what is free there; on the CPU: as the settings say]
     #[arg(long, value_name = "SIZE", value_parser = progress::parse_bytes)]
     memory: Option<u64>,
 }

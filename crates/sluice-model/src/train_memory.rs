@@ -9,7 +9,8 @@
 //! measured peak is a little higher.
 
 use serde::{Deserialize, Serialize};
-use sluice_kernels::output_head;
+use sluice_kernels::top_k_routing::Budget;
+use sluice_kernels::{output_head, routed_attention};
 use sluice_spec::{ModelConfig, RoutingConfig};
 use sluice_tensor::{DType, Device};
 
@@ -103,9 +104,15 @@ pub fn step(config: &ModelConfig, shape: &StepShape) -> TrainMemory {
         let alive = kept(below + 1) + replayed - a * f;
         ELEMENT * gradients + tokens * (alive + ELEMENT * m + a * m + 3 * a * f)
     });
+    // In attention on a GPU, where sums of key gradients may outweigh what SwiGLU needs.
+    let in_attention = (0..n_layers).map(|below| {
+        let gradients = embedding + m + (n_layers - 1 - below) * sizes.weights_of_layer + 3 * m * f + m;
+        let replayed = if below < recompute { per_layer - ELEMENT * m } else { 0 };
+        ELEMENT * gradients + sizes.attention_scratch + tokens * (kept(below + 1) + replayed + sizes.beside_attention())
+    });
     // At the end: every gradient, and that of the embedded tokens.
     let at_end = ELEMENT * weights + tokens * 2 * ELEMENT * m;
-    let fullest = in_layer.chain([in_head, at_end]).max().expect("a chain of at least two");
+    let fullest = in_layer.chain(in_attention).chain([in_head, at_end]).max().expect("a chain of at least two");
     TrainMemory {
         context: shape.context,
         batch: shape.batch,
@@ -125,8 +132,9 @@ pub fn step(config: &ModelConfig, shape: &StepShape) -> TrainMemory {
 }
 
 /// Most that is held at any moment of a distillation step through the stack: the teacher's pass, then the student's with logits, features
-/// and gate losses. `base_learns`: all weights do, or else the gates alone. `teacher`: a second model that gives the logits.
-pub fn distillation(config: &ModelConfig, shape: &StepShape, base_learns: bool, teacher: Option<&ModelConfig>) -> u64 {
+/// and gate losses. `base_learns`: all weights do, or else the gates alone. `sums`: gradients of several batches are added up. `teacher`: a second model that gives
+/// the logits.
+pub fn distillation(config: &ModelConfig, shape: &StepShape, base_learns: bool, sums: bool, teacher: Option<&ModelConfig>) -> u64 {
     let sizes = Sizes::new(config, shape);
     let Sizes { tokens, a, m, f, g, n_layers, recompute, .. } = sizes;
     let second = teacher.map_or(0, |config| {
@@ -146,8 +154,9 @@ pub fn distillation(config: &ModelConfig, shape: &StepShape, base_learns: bool, 
         let kept = recompute * ELEMENT * m + (n_layers - recompute) * per_layer;
         let in_step = step(config, shape).peak_bytes + tokens * of_losses(n_layers);
         let in_pass = 3 * ELEMENT * sizes.weights + sizes.narrow_weights() + beside(kept);
+        let sums = if sums { ELEMENT * sizes.weights } else { 0 };
         // The original is another model as soon as the student has moved.
-        return always + ELEMENT * sizes.weights + sizes.narrow_weights() + in_step.max(in_pass);
+        return always + sums + ELEMENT * sizes.weights + sizes.narrow_weights() + in_step.max(in_pass);
     }
     let per_layer: u64 = sizes.saved_by_frozen_weights();
     let kept = |layers: u64| layers.min(recompute) * ELEMENT * m + layers.saturating_sub(recompute) * per_layer;
@@ -156,8 +165,17 @@ pub fn distillation(config: &ModelConfig, shape: &StepShape, base_learns: bool, 
         let replayed = if below < recompute { per_layer - ELEMENT * m + a * m } else { 0 };
         tokens * (kept(below + 1) + replayed + of_losses(below + 1) + ELEMENT * m + a * m + 3 * a * f)
     });
-    let fullest = in_layer.chain([in_head, beside(kept(n_layers))]).max().expect("a chain of at least two");
+    let in_attention = (0..n_layers).map(|below| {
+        let replayed = if below < recompute { per_layer - ELEMENT * m + a * m } else { 0 };
+        sizes.attention_scratch + tokens * (kept(below + 1) + replayed + of_losses(below + 1) + sizes.beside_attention())
+    });
+    let fullest = in_layer.chain(in_attention).chain([in_head, beside(kept(n_layers))]).max().expect("a chain of at least two");
     always + ELEMENT * sizes.weights + sizes.narrow_weights() + fullest
+}
+
+/// What a step needs that is counted to hold `peak` bytes: a sixteenth more, for what the count leaves out.
+pub fn with_margin(peak: u64) -> u64 {
+    peak + peak / 16
 }
 
 /// Sizes of a model and a step.
@@ -183,6 +201,8 @@ struct Sizes {
     gpu: bool,
     /// Bytes that routing keeps of a token: marked scores, and its share of the indices of its block.
     routing: u64,
+    /// Bytes of the sums that the gradients of routed keys take on a GPU.
+    attention_scratch: u64,
 }
 
 impl Sizes {
@@ -193,6 +213,13 @@ impl Sizes {
         let embedding = config.vocab_size as u64 * m;
         let head = if config.tie_embeddings { 0 } else { embedding };
         let n_layers = config.n_layers as u64;
+        let budget = shape.routing.filter(|_| shape.gpu).map(|r| Budget {
+            window: r.window,
+            top_k: r.top_k,
+            route_every: r.route_every,
+            n_sink: r.n_sink,
+        });
+        let keys = [shape.batch, shape.context, config.n_kv_heads, config.head_dim];
         Self {
             tokens: (shape.batch * shape.context) as u64,
             vocab: config.vocab_size,
@@ -211,11 +238,11 @@ impl Sizes {
             embedding,
             narrow: shape.activations != DType::F32,
             gpu: shape.gpu,
-            routing: shape.routing.map_or(0, |routing| {
-                // In main memory a routing is no tensor.
-                let indices = if shape.gpu { (routing.top_k as u64).div_ceil(routing.route_every as u64) } else { 0 };
-                ELEMENT * g * (1 + indices)
+            // In main memory a routing is no tensor.
+            routing: budget.map_or(shape.routing.map_or(0, |_| ELEMENT * g), |budget| {
+                ELEMENT * g * (1 + (budget.n_routed(shape.context) as u64).div_ceil(budget.route_every as u64))
             }),
+            attention_scratch: budget.map_or(0, |budget| routed_attention::gpu_scratch_bytes(keys, &budget) as u64),
         }
     }
 
@@ -252,6 +279,13 @@ impl Sizes {
         if self.qk_norm { a * (q + kv) + ELEMENT * (h + g) } else { 0 }
     }
 
+    /// Bytes per token that a layer's backward pass has in attention beside what was kept, less what its MLP has let go: gradients of the
+    /// residual stream, the block, queries, keys and values.
+    fn beside_attention(&self) -> u64 {
+        let &Self { a, m, f, q, kv, .. } = self;
+        (ELEMENT * m + a * (m + 2 * q + 2 * kv)).saturating_sub(ELEMENT * (m + 1) + a * 2 * f)
+    }
+
     /// The copies of weights that products read.
     fn narrow_weights(&self) -> u64 {
         if self.narrow { self.a * self.weights } else { 0 }
@@ -261,7 +295,9 @@ impl Sizes {
     fn head_chunk_bytes(&self, models: u64) -> u64 {
         if self.gpu {
             let of_row = if models == 1 { self.a } else { models * ELEMENT } * self.vocab as u64;
-            return (self.tokens * of_row).min(output_head::GPU_CHUNK_BYTES as u64);
+            let logits = (self.tokens * of_row).min(output_head::GPU_CHUNK_BYTES as u64);
+            // The gradient of logits in f32 is rounded for the products that follow.
+            return if self.narrow && models > 1 { logits + logits * self.a / (models * ELEMENT) } else { logits };
         }
         let rows = |n| output_head::chunk_rows(n, self.vocab) as u64;
         models * ELEMENT * rows(self.tokens as usize) * self.vocab as u64

@@ -33,7 +33,8 @@ pub struct TrainConfig {
     pub data: DataConfig,
     /// Phases in order.
     pub phases: Vec<Phase>,
-    /// Keep only the residual stream between layers and recompute the rest in backward.
+    /// Keep only the residual stream between layers and recompute the rest in backward. Where a memory budget decides how many layers do
+    /// (`--memory`, and always on a GPU), this is not read.
     #[serde(default)]
     pub checkpoint: bool,
 }
@@ -189,7 +190,8 @@ impl Pretrainer {
         Self { model, config, attention: AttentionPlan::dense(), recompute, step: 0, optimizer: Optimizer::default() }
     }
 
-    /// The fewest layers that run again so that no step holds more than `budget` bytes, counted from shapes; gives back that count.
+    /// The fewest layers that run again so that no step holds more than `budget` bytes, counted from shapes and with a margin for what
+    /// the count leaves out; gives back the count.
     pub fn fit_memory(&mut self, budget: u64) -> Result<u64> {
         let (model, device) = (&self.config.model, self.model.device());
         let Some(largest) = self.config.phases.iter().max_by_key(|phase| phase.batch * phase.context) else { return Ok(0) };
@@ -197,14 +199,15 @@ impl Pretrainer {
             let shape = StepShape::on(&device, largest.batch, largest.context, recompute);
             train_memory::step(model, &shape).peak_bytes
         };
-        let found = (0..=model.n_layers).map(|recompute| (recompute, peak(recompute))).find(|(_, peak)| *peak <= budget);
+        let found =
+            (0..=model.n_layers).map(|recompute| (recompute, peak(recompute))).find(|(_, peak)| train_memory::with_margin(*peak) <= budget);
         let (recompute, peak) = found.with_context(|| {
             format!(
                 "a step on {} x {} tokens needs {} MiB even with every layer run again, and {} MiB are allowed; lower `batch` or `context`, \
                  or allow more (--memory)",
                 largest.batch,
                 largest.context,
-                peak(model.n_layers).div_ceil(1 << 20),
+                train_memory::with_margin(peak(model.n_layers)).div_ceil(1 << 20),
                 budget >> 20
             )
         })?;

@@ -1,7 +1,7 @@
 //! Ops without weights: activations, rotary positions, sums and views.
 
 use sluice_kernels::rope::{self, RopeStyle};
-use sluice_kernels::{adamw, add, centre, embedding, gelu, swiglu, top_k_routing};
+use sluice_kernels::{adamw, add, centre, gelu, swiglu, top_k_routing};
 use sluice_tensor::Tensor;
 
 use crate::tape::{Tape, Var};
@@ -58,7 +58,7 @@ impl Tape {
     #[track_caller]
     pub fn shift_free(&self, x: &Var, lens: &[usize]) -> Var {
         let lens = lens.to_vec();
-        self.custom(&[x], x.value().clone(), move |dy| vec![Some(centred(dy, &lens))])
+        self.custom(&[x], x.value().clone(), move |dy| vec![Some(centre::fwd(dy, &lens))])
     }
 
     /// Gate scores `[B, T, G]` with +inf where `positions[t] < n_sink`; sinks have no gate bias and get no gradient.
@@ -68,22 +68,6 @@ impl Tape {
         let positions = positions.to_vec();
         self.custom(&[scores], marked, move |dy| vec![Some(top_k_routing::mark_sinks_bwd(dy, &positions, n_sink))])
     }
-}
-
-/// `dy [B, T, G]` without the mean over the first `lens[b]` rows of each sequence; 0 in the others, whose share of a mean nobody wants.
-fn centred(dy: &Tensor, lens: &[usize]) -> Tensor {
-    let [b, t, g] = dy.dims();
-    assert_eq!(lens.len(), b, "lengths of dy {:?}", dy.shape());
-    if lens.iter().all(|&n| n == t) {
-        return centre::fwd(dy);
-    }
-    let (rows, mut result) = (dy.reshape([b * t, g]), Tensor::zeros_on(&dy.device(), [b * t, g]));
-    for (sequence, &n) in lens.iter().enumerate().filter(|(_, n)| **n > 0) {
-        let valid: Vec<u32> = (sequence * t..sequence * t + n).map(|row| row as u32).collect();
-        let alone = embedding::fwd(&valid, &rows).reshape([1, n, g]);
-        embedding::bwd(&centre::fwd(&alone).reshape([n, g]), &valid, &mut result);
-    }
-    result.reshape([b, t, g])
 }
 
 /// `factor * x`; the tensor itself when the factor is 1.

@@ -5,12 +5,14 @@ use sluice_testkit::Rng;
 use super::{fwd, naive};
 use crate::selftest::Check;
 
-const SHAPES: &[[usize; 3]] = &[[1, 1, 1], [2, 100, 3], [1, 1000, 8], [3, 0, 2]];
+/// Shape, and the length of each sequence.
+const CASES: &[([usize; 3], &[usize])] =
+    &[([1, 1, 1], &[1]), ([2, 100, 3], &[100, 100]), ([1, 1000, 8], &[1000]), ([3, 0, 2], &[0, 0, 0]), ([4, 300, 2], &[300, 1, 0, 257])];
 
 pub(crate) fn run(check: &mut Check<'_>) {
-    for &shape in SHAPES {
-        check.case("centre", format!("{shape:?}"));
+    for &(shape, lens) in CASES {
+        check.case("centre", format!("{shape:?}, lengths {lens:?}"));
         let x = Rng::new(7).normal_tensor(shape);
-        check.compare("y", &fwd(&check.put(&x)), &naive::fwd(&x), 1e-6);
+        check.compare("y", &fwd(&check.put(&x), lens), &naive::fwd(&x, lens), 1e-6);
     }
 }

@@ -8,6 +8,7 @@ use sluice_tensor::{DType, Tensor};
 use super::gpu_routing::GpuRouting;
 use super::{Dims, GateBias, RoutedGrads};
 use crate::launch::{act, act_mut, launch, optional, output};
+use crate::top_k_routing::Budget;
 
 macro_rules! source {
     ($name:literal, $file:literal, $head_dim:literal) => {
@@ -233,11 +234,7 @@ fn routed(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
     let Dims { b, t, g, d, .. } = *call.dims;
     let GpuRouting { n_blocks, n_routed, route_every, .. } = *call.routing;
     let (pairs, int) = (b * g, Call::int);
-    let span = span(n_blocks, n_routed, route_every, pairs);
-    let n = n_blocks.div_ceil(span);
-    // A key that never returns enters once at most, beside those that are there when a superblock begins.
-    let at_most = if call.routing.never_returns { t + n * n_routed } else { usize::MAX };
-    let capacity = at_most.min(n_blocks * n_routed);
+    let Superblocks { span, n, capacity } = Superblocks::new(t, n_blocks, n_routed, route_every, pairs, call.routing.never_returns);
     let slots = (2 * span * n_routed).next_power_of_two().max(256);
 
     let [union_rows, union_blocks] = [0; 2].map(|_| call.ints(pairs * n * span * n_routed));
@@ -278,6 +275,33 @@ fn routed(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
     args.extend([t, g, capacity].map(int));
     call.keys("sum_entries", [t.div_ceil(16), g, b], 256, 0, &args);
     Entries { first_reader, sorted, sums, capacity, dscores }
+}
+
+/// How the readers of routed keys are divided.
+struct Superblocks {
+    /// Blocks of a superblock.
+    span: usize,
+    /// Superblocks of a sequence.
+    n: usize,
+    /// Most entries of a key in a superblock, all together.
+    capacity: usize,
+}
+
+impl Superblocks {
+    fn new(t: usize, n_blocks: usize, n_routed: usize, route_every: usize, pairs: usize, never_returns: bool) -> Self {
+        let span = span(n_blocks, n_routed, route_every, pairs);
+        let n = n_blocks.div_ceil(span);
+        // A key that never returns enters once at most, beside those that are there when a superblock begins.
+        let at_most = if never_returns { t + n * n_routed } else { usize::MAX };
+        Self { span, n, capacity: at_most.min(n_blocks * n_routed) }
+    }
+}
+
+/// Bytes that the gradients of routed keys need beside their inputs and results, for a routing by top-k.
+pub(super) fn scratch_bytes([b, t, g, d]: [usize; 4], budget: &Budget) -> usize {
+    let n_routed = budget.n_routed(t);
+    let Superblocks { span, n, capacity } = Superblocks::new(t, budget.n_blocks(t), n_routed, budget.route_every, b * g, true);
+    4 * b * g * (capacity * (2 * d + 3) + 2 * n * span * n_routed + 3 * t)
 }
 
 /// Blocks of a superblock: long ones leave fewer partial sums, short ones more to do side by side; a bit a block, and the

@@ -28,6 +28,8 @@ mod tiles;
 
 use sluice_tensor::Tensor;
 
+use crate::top_k_routing::Budget;
+
 pub use gpu_routing::GpuRouting;
 pub use placed::PlacedRouting;
 pub use routing::{Routing, Visibility};
@@ -121,6 +123,12 @@ pub fn bwd_on_gpu(
     let dims = check_on_gpu("routed_attention::bwd_on_gpu", q, k, v, bias, routing);
     check_results("routed_attention::bwd_on_gpu", q, dout, o, lse);
     cuda::bwd(routing.indices.gpu(), &dims, [dout, q, k, v, o, lse], bias, routing)
+}
+
+/// Bytes that [`bwd_on_gpu`] holds beside its inputs and results, for `k [B, T, G, D]` and a routing by top-k: sums of what the readers of a
+/// routed key contribute.
+pub fn gpu_scratch_bytes(k_shape: [usize; 4], budget: &Budget) -> usize {
+    cuda::scratch_bytes(k_shape, budget)
 }
 
 /// Shapes alone: what a router on the GPU chose is not read back.

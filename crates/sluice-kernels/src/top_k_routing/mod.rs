@@ -50,7 +50,7 @@ impl Budget {
     }
 
     /// Places that a routing of `len` positions needs: `top_k`, or fewer when the text is too short to fill them.
-    fn n_routed(&self, len: usize) -> usize {
+    pub fn n_routed(&self, len: usize) -> usize {
         self.top_k.min(self.n_candidates(self.n_blocks(len).saturating_sub(1)))
     }
 

@@ -8,8 +8,9 @@ use cudarc::driver::{result, sys};
 
 use super::error::{Context, CudaError};
 
-/// Bytes of one half; larger uploads do not go through here.
-const HALF: usize = 4 << 20;
+/// Bytes of one half; larger uploads do not go through here. A training step uploads less than this (positions, mostly, op by op), so that the
+/// copies out of the other half are done when it is entered.
+const HALF: usize = 16 << 20;
 
 /// Starts of pieces are multiples of this, so that any element type can be copied fast.
 const ALIGN: usize = 256;

@@ -25,19 +25,20 @@ impl Split {
 }
 
 impl Distiller {
-    /// The fastest way for the stages that pass through the stack to stay within `budget` bytes: all documents of a step at once,
-    /// else in more batches, else one by one with the fewest layers that run again. Running a layer again costs a pass, a smaller
-    /// batch only launches. Says what is needed and what to lower when nothing fits.
+    /// The way for the stages that pass through the stack to stay within `budget` bytes: on a GPU as many documents together as can be, since
+    /// one alone does not fill it, on a CPU one by one; then the fewest layers that run again. Says what is needed and what to lower when
+    /// nothing fits.
     pub fn fit_memory(&mut self, budget: u64) -> Result<()> {
-        let fewer = |documents: &usize| (*documents > 1).then(|| documents.div_ceil(2));
-        let batches = std::iter::successors(Some(self.config.documents_per_step), fewer).map(|documents| Split { documents, recompute: 0 });
-        let one_by_one = (1..=self.model.config.n_layers).map(|recompute| Split { documents: 1, recompute });
-        let splits: Vec<(Split, u64)> = batches.chain(one_by_one).map(|split| (split, self.predicted_peak(split))).collect();
-        if let Some((split, _)) = splits.iter().find(|(_, peak)| *peak <= budget) {
-            self.split = *split;
+        let n_layers = self.model.config.n_layers;
+        let most = if self.model.device().gpu().is_some() { self.config.documents_per_step } else { 1 };
+        let batches = std::iter::successors(Some(most), |documents| (*documents > 1).then(|| documents.div_ceil(2)));
+        let splits = batches.flat_map(|documents| (0..=n_layers).map(move |recompute| Split { documents, recompute }));
+        let needs = |split: &Split| train_memory::with_margin(self.predicted_peak(*split));
+        if let Some(split) = splits.clone().find(|split| needs(split) <= budget) {
+            self.split = split;
             return Ok(());
         }
-        let least = splits.iter().map(|(_, peak)| *peak).min().expect("a step has a document");
+        let least = splits.map(|split| needs(&split)).min().expect("a step has a document");
         bail!(
             "a step on one document of {} tokens needs {} MiB even with every layer run again, and {} MiB are allowed; lower `context`, \
              {}or allow more (--memory)",
@@ -58,6 +59,13 @@ impl Distiller {
             routing: Some(RoutingConfig { top_k, ..routing }),
             ..StepShape::on(&self.model.device(), split.documents, config.context, split.recompute)
         };
-        train_memory::distillation(&self.model.config, &shape, self.base_learns(), self.teacher.as_ref().map(|teacher| &teacher.config))
+        let sums = split.documents < config.documents_per_step;
+        train_memory::distillation(
+            &self.model.config,
+            &shape,
+            self.base_learns(),
+            sums,
+            self.teacher.as_ref().map(|teacher| &teacher.config),
+        )
     }
 }
