@@ -205,6 +205,10 @@ pub fn future_attention_at(
     lens: &[usize],
     window: usize,
 ) -> Vec<Tensor> {
+    if positions.iter().all(Vec::is_empty) {
+        let [_, _, g, _] = p.k.value().dims();
+        return vec![Tensor::zeros([0, g]); positions.len()];
+    }
     let key_weight = attention_label::key_weight(&layer.attention.o_proj.weight.value, p.v.value()); // [B, S, H]
     let query_weight = attention_label::query_weight(h); // [B, T]
     let mass = attention_mass::future_mass(

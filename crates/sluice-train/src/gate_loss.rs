@@ -1,5 +1,6 @@
-//! Losses that act on the gate's scores alone. A hard top-k gives evicted keys no gradient through the attention,
-//! so a ranking loss against the label of stage 0 stays on through all stages.
+//! Losses that act on the gate's scores alone. A hard top-k gives evicted keys no gradient through the attention; a ranking
+//! loss against the label of stage 0 can stand in for it. Where keys beyond the budget fade out instead (`schedule.overhang`)
+//! it does harm, so it is off unless asked for.
 
 use sluice_autograd::{Tape, Var};
 use sluice_kernels::adamw;
@@ -21,7 +22,7 @@ pub struct GateLossTerms {
 
 impl Default for GateLossTerms {
     fn default() -> Self {
-        Self { rank: 0.1, spread: 1e-3, smooth: 0.0025 }
+        Self { rank: 0.0, spread: 1e-3, smooth: 0.0025 }
     }
 }
 

@@ -10,7 +10,6 @@ use sluice_tensor::Tensor;
 
 use super::{Distiller, QueuedReport, past_budget_weights, rank_labels};
 use crate::gate_loss::gate_loss;
-use crate::hash::mix;
 
 impl Distiller {
     /// `|o_S - o_T|^2 / |o_T|^2` of every layer, each fed the teacher's input.
@@ -19,8 +18,8 @@ impl Distiller {
         let (t, steps) = (tokens.len(), self.config.stage1.layer_local_steps);
         let routing = self.step_routing(step, steps);
         let plan = self.student_plan(routing, self.noise(step, steps));
-        let sampling = self.sampling();
-        let samples = [sampling.positions(t, mix(self.config.seed, self.cursor as u64))];
+        let readers_from = self.sampling().readers_from;
+        let samples = [self.ranked_positions(t, self.cursor as u64)];
         let weights = past_budget_weights(t, &routing);
         let weights = Tensor::from_vec(weights, [t]).to(&self.model.device());
         let positions: Vec<u32> = (0..t as u32).collect();
@@ -32,7 +31,7 @@ impl Distiller {
         for (index, layer) in self.model.layers.iter().enumerate() {
             let p = layer.project(&frozen, &h, &positions);
             let (o, lse) = dense_attention::fwd(p.q.value(), p.k.value(), p.v.value(), 0, &[t]);
-            let labels = policy::future_attention_at(layer, h.value(), &p, &lse, &samples, &[t], sampling.readers_from);
+            let labels = policy::future_attention_at(layer, h.value(), &p, &lse, &samples, &[t], readers_from);
             let block = layer.block_output(&frozen, &frozen.constant(o)); // the teacher's, [1, T, M]
 
             let tape = Tape::recording();

@@ -289,6 +289,11 @@ impl Distiller {
         Sampling { samples: stage0.samples, readers_from, n_sink: routing.n_sink, seed: self.config.seed }
     }
 
+    /// Positions of a document of `len` tokens whose labels `L_rank` compares; none where it has no weight.
+    fn ranked_positions(&self, len: usize, salt: u64) -> Vec<u32> {
+        if self.config.gate_loss.rank == 0.0 { Vec::new() } else { self.sampling().positions(len, mix(self.config.seed, salt)) }
+    }
+
     fn regress(&mut self) -> QueuedReport {
         let tokens = self.document(0);
         let sampling = self.sampling();

@@ -119,12 +119,11 @@ impl Distiller {
 
     /// Documents of the present item, side by side.
     fn batch(&self, documents: &[u64]) -> Batch {
-        let sampling = self.sampling();
         let texts: Vec<Vec<u32>> = documents.iter().map(|&which| self.document(which)).collect();
         let salts: Vec<u64> = documents.iter().map(|&which| self.item(which)).collect();
         let lens: Vec<usize> = texts.iter().map(Vec::len).collect();
         let t = lens.iter().copied().max().expect("a batch has documents");
-        let samples = lens.iter().zip(&salts).map(|(&len, &salt)| sampling.positions(len, mix(self.config.seed, salt))).collect();
+        let samples = lens.iter().zip(&salts).map(|(&len, &salt)| self.ranked_positions(len, salt)).collect();
         let tokens = texts.into_iter().flat_map(|text| text.into_iter().chain(std::iter::repeat(0)).take(t)).collect();
         Batch { tokens, lens, t, salts, samples }
     }
