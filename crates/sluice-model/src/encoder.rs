@@ -2,6 +2,7 @@
 //! For inference: works on tensors, without a tape.
 
 use sluice_autograd::Param;
+use sluice_kernels::dense_attention::Lens;
 use sluice_kernels::routed_attention;
 use sluice_kernels::top_k_routing::{self, Budget};
 use sluice_kernels::{dense_attention, embedding, gelu_mlp, layer_norm, linear, mean_pool};
@@ -150,8 +151,9 @@ impl Encoder {
     #[track_caller]
     pub fn forward(&self, batch: &TextBatch, attention: EncoderAttention) -> Tensor {
         let mut h = self.embed(batch); // [B, T, M]
+        let lens = Lens::new(&batch.lens, &self.device());
         for layer in &self.layers {
-            h = layer.forward(&h, batch, &self.config, attention);
+            h = layer.forward(&h, batch, &lens, &self.config, attention);
         }
         h
     }
@@ -202,11 +204,11 @@ impl Encoder {
 }
 
 impl EncoderLayer {
-    fn forward(&self, h: &Tensor, batch: &TextBatch, config: &EncoderConfig, attention: EncoderAttention) -> Tensor {
+    fn forward(&self, h: &Tensor, batch: &TextBatch, lens: &Lens, config: &EncoderConfig, attention: EncoderAttention) -> Tensor {
         let [b, t, m] = h.dims();
         let qkv = linear::fwd_narrow_bias(h, &self.qkv.weight.value, bias(&self.qkv)).reshape([b, t, 3, config.n_heads, config.head_dim()]);
         let o = match attention {
-            EncoderAttention::Dense => dense_attention::fwd_packed(&qkv, &batch.lens), // [B, T, H, D]
+            EncoderAttention::Dense => dense_attention::fwd_packed(&qkv, lens), // [B, T, H, D]
             EncoderAttention::Routed(budget) => {
                 let [q, k, v] = dense_attention::unpack(&qkv); // [B, T, H, D]
                 let scores = Tensor::zeros([b, t, config.n_heads]);

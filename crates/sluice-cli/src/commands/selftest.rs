@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use serde_json::json;
-use sluice_kernels::selftest::{self, Outcome};
+use sluice_kernels::selftest::{self, Only, Outcome};
 use sluice_tensor::Device;
 use sluice_tensor::cuda::{CudaError, Gpu};
 
@@ -18,6 +18,9 @@ pub(crate) struct Args {
     /// Only this op's cases
     #[arg(long, value_name = "NAME")]
     op: Option<String>,
+    /// Only cases whose name contains this, as listed by --all
+    #[arg(long, value_name = "TEXT")]
+    case: Option<String>,
     /// List every comparison, not only each op's worst
     #[arg(long)]
     all: bool,
@@ -38,14 +41,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             selftest::ops().chain([host_waits::OP]).collect::<Vec<_>>().join(", ")
         );
     }
-    selftest::run(&device, only, |outcome| outcomes.push(outcome));
-    if let Device::Cuda(gpu) = &device {
+    selftest::run(&device, Only { op: only, case: args.case.as_deref() }, |outcome| outcomes.push(outcome));
+    if let (Device::Cuda(gpu), None) = (&device, &args.case) {
         if only.is_none_or(|op| op == host_waits::OP) {
             outcomes.extend(host_waits::outcomes(gpu)?);
         }
         if only.is_none() {
             outcomes.push(memory_outcome(gpu));
         }
+    }
+    if let Some(text) = &args.case {
+        ensure!(!outcomes.is_empty(), "no case has {text:?} in its name; --all lists them");
     }
     let failed: Vec<&Outcome> = outcomes.iter().filter(|o| !o.passes()).collect();
     let (name, precision) = match &device {

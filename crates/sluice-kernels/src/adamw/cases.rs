@@ -17,7 +17,9 @@ const CASES: &[(usize, u64, f64)] =
 
 pub(crate) fn run(check: &mut Check<'_>) {
     for &(n, n_steps, allowed) in CASES {
-        check.case("adamw", format!("[{n}], {n_steps} steps"));
+        if !check.case("adamw", format!("[{n}], {n_steps} steps")) {
+            continue;
+        }
         let mut rng = Rng::new(1);
         let start = rng.normal_tensor([n]);
         let mut param = check.put(&start);
@@ -41,7 +43,9 @@ pub(crate) fn run(check: &mut Check<'_>) {
         check.compare("a clone of param stays", &kept, &old, 0.0);
     }
     let (a, b) = (Rng::new(5).normal_tensor([100_001]), Rng::new(6).normal_tensor([7]));
-    check.case("adamw", "norm and scale");
+    if !check.case("adamw", "norm and scale") {
+        return;
+    }
     let want = a.f32().iter().chain(b.f32()).map(|&x| x as f64 * x as f64).sum::<f64>().sqrt();
     for (clip, want_factor) in [(1.0, 1.0 / want), (1e4, 1.0)] {
         let (norm, factor) = global_norm(&[&check.put(&a), &check.put(&b)], clip);

@@ -11,7 +11,9 @@ const CASES: &[([usize; 3], &[usize])] =
 
 pub(crate) fn run(check: &mut Check<'_>) {
     for &(shape, lens) in CASES {
-        check.case("centre", format!("{shape:?}, lengths {lens:?}"));
+        if !check.case("centre", format!("{shape:?}, lengths {lens:?}")) {
+            continue;
+        }
         let x = Rng::new(7).normal_tensor(shape);
         check.compare("y", &fwd(&check.put(&x), lens), &naive::fwd(&x, lens), 1e-6);
     }

@@ -10,6 +10,7 @@ use super::tensor_cores::Call;
 use super::whole_tf32;
 use crate::launch::{THREADS, act, act_mut, formats, of_format, output, over_elements, over_rows, run};
 use crate::routed_attention::Dims;
+use crate::routed_attention::gpu_routing::upload_lens;
 
 const SOURCE: KernelSource = KernelSource { name: "dense_attention", code: include_str!("dense_attention.cu") };
 
@@ -38,10 +39,6 @@ fn sizes(dims: &Dims, start: usize) -> [Arg; 6] {
     [dims.t, dims.s, dims.h, dims.g, dims.d, start].map(|x| Arg::U32(x as u32))
 }
 
-fn upload_lens(gpu: &Arc<Gpu>, lens: &[usize]) -> Buffer {
-    or_raise(gpu.upload_slice(&lens.iter().map(|&n| n as u32).collect::<Vec<_>>()))
-}
-
 /// # Safety
 /// As for [`Gpu::launch`].
 unsafe fn tiled(gpu: &Gpu, name: &str, grid: [usize; 3], shared: u32, args: &[Arg]) {
@@ -52,8 +49,9 @@ unsafe fn tiled(gpu: &Gpu, name: &str, grid: [usize; 3], shared: u32, args: &[Ar
 }
 
 pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, q: &Tensor, k: &Tensor, v: &Tensor, start: usize, lens: &[usize]) -> (Tensor, Tensor) {
-    if let Some(call) = Call::new(gpu, dims, q.dtype(), start, lens) {
-        return call.fwd(q, k, v);
+    let lens = &upload_lens(gpu, lens);
+    if let Some(call) = Call::new(gpu, dims, q.dtype(), start) {
+        return call.fwd(q, k, v, lens);
     }
     let dtype = q.dtype();
     let [q, k, v] = &[q, k, v].map(|x| x.to_dtype(DType::F32));
@@ -63,8 +61,7 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, q: &Tensor, k: &Tensor, v: &Tenso
     }
     let (name, tile) = if is_narrow(dims) { ("forward_64", Tile(64, 64, 64)) } else { ("forward_128", Tile(128, 64, 64)) };
     let (mut o, mut lse) = (output(gpu, q.shape()), output(gpu, &q.shape()[..3]));
-    let lens = upload_lens(gpu, lens);
-    let mut args = vec![q.into(), k.into(), v.into(), (&lens).into(), (&mut o).into(), (&mut lse).into()];
+    let mut args = vec![q.into(), k.into(), v.into(), lens.into(), (&mut o).into(), (&mut lse).into()];
     args.extend(sizes(dims, start));
     let grid = [dims.t.div_ceil(tile.1), dims.h, dims.b];
     // SAFETY: shapes were checked by the caller; `lens` keeps queries within `t` and keys within `s`.
@@ -73,9 +70,9 @@ pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, q: &Tensor, k: &Tensor, v: &Tenso
 }
 
 /// [`fwd`] of an encoder without `lse`, where kernels read the three as they lie in `qkv [B, T, 3, H, D]`.
-pub(super) fn fwd_packed(gpu: &Arc<Gpu>, dims: &Dims, qkv: &Tensor, lens: &[usize]) -> Option<Tensor> {
-    if let Some(call) = Call::new(gpu, dims, qkv.dtype(), WHOLE, lens) {
-        return Some(call.fwd_packed(qkv));
+pub(super) fn fwd_packed(gpu: &Arc<Gpu>, dims: &Dims, qkv: &Tensor, lens: &Buffer) -> Option<Tensor> {
+    if let Some(call) = Call::new(gpu, dims, qkv.dtype(), WHOLE) {
+        return Some(call.fwd_packed(qkv, lens));
     }
     whole_tf32::serves(gpu, dims, WHOLE).then(|| {
         let wide = qkv.to_dtype(DType::F32);
@@ -103,24 +100,24 @@ pub(super) fn bwd(
     lens: &[usize],
 ) -> (Tensor, Tensor, Tensor) {
     // The gradients of an encoder's attention run on the plain cores.
-    if let Some(call) = Call::new(gpu, dims, q.dtype(), start, lens).filter(|_| start != WHOLE) {
-        return call.bwd([dout, q, k, v, o, lse]);
+    let lens = &upload_lens(gpu, lens);
+    if let Some(call) = Call::new(gpu, dims, q.dtype(), start).filter(|_| start != WHOLE) {
+        return call.bwd([dout, q, k, v, o, lse], lens);
     }
     let dtype = q.dtype();
     let [dout, q, k, v, o, lse] = &[dout, q, k, v, o, lse].map(|x| x.to_dtype(DType::F32));
     let names = if is_narrow(dims) { ["query_gradient_64", "key_gradient_64"] } else { ["query_gradient_128", "key_gradient_128"] };
     let tiles = if is_narrow(dims) { [Tile(64, 64, 64), Tile(64, 64, 64)] } else { [Tile(128, 32, 64), Tile(128, 32, 32)] };
-    let lens = upload_lens(gpu, lens);
     let n_rows = dims.b * dims.t * dims.h;
     let (mut dq, mut dk, mut dv) = (output(gpu, q.shape()), output(gpu, k.shape()), output(gpu, v.shape()));
     let mut delta = output(gpu, lse.shape());
     // SAFETY: shapes were checked by the caller; `lens` keeps queries within `t` and keys within `s`.
     unsafe {
-        let mut args = vec![dout.into(), o.into(), (&lens).into(), (&mut delta).into(), (n_rows as u32).into()];
+        let mut args = vec![dout.into(), o.into(), lens.into(), (&mut delta).into(), (n_rows as u32).into()];
         args.extend([dims.t, dims.h, dims.d].map(|x| Arg::U32(x as u32)));
         run(gpu, &SOURCE, "attention_delta", over_rows(n_rows), &args);
 
-        let inputs: [Arg; 7] = [dout.into(), q.into(), k.into(), v.into(), lse.into(), (&delta).into(), (&lens).into()];
+        let inputs: [Arg; 7] = [dout.into(), q.into(), k.into(), v.into(), lse.into(), (&delta).into(), lens.into()];
         let [tile, _] = &tiles;
         let args: Vec<Arg> = inputs.into_iter().chain([(&mut dq).into()]).chain(sizes(dims, start)).collect();
         tiled(gpu, names[0], [dims.t.div_ceil(tile.1), dims.h, dims.b], tile.shared(2 * tile.1 + tile.2), &args);

@@ -21,9 +21,11 @@ mod tensor_cores;
 mod tests;
 mod whole_tf32;
 
-use sluice_tensor::Tensor;
+use sluice_tensor::cuda::Buffer;
+use sluice_tensor::{Device, Tensor};
 
 use crate::routed_attention::Dims;
+use crate::routed_attention::gpu_routing::upload_lens;
 
 /// As `start`: every query sees every valid key of its sequence, `0..lens[b]`. Larger than any position.
 const WHOLE: usize = 1 << 30;
@@ -34,21 +36,39 @@ pub fn fwd_bidirectional(q: &Tensor, k: &Tensor, v: &Tensor, lens: &[usize]) -> 
     fwd(q, k, v, WHOLE, lens)
 }
 
+/// Lengths of the texts of a batch on the device of its layers: one copy for all of them.
+pub struct Lens {
+    lens: Vec<usize>,
+    /// `[B]` i32 on a GPU.
+    there: Option<Buffer>,
+}
+
+impl Lens {
+    /// Lengths for tensors on `device`.
+    pub fn new(lens: &[usize], device: &Device) -> Self {
+        Self { lens: lens.to_vec(), there: device.gpu().map(|gpu| upload_lens(gpu, lens)) }
+    }
+}
+
 /// [`fwd_bidirectional`] of queries, keys and values that one product made, `qkv [B, T, 3, H, D]`: `o [B, T, H, D]`. For inference.
 #[track_caller]
-pub fn fwd_packed(qkv: &Tensor, lens: &[usize]) -> Tensor {
+pub fn fwd_packed(qkv: &Tensor, lens: &Lens) -> Tensor {
     let [b, t, three, h, d] = qkv.dims();
     assert!(
-        three == 3 && lens.len() == b && lens.iter().all(|&n| n <= t),
-        "dense_attention::fwd_packed of {:?} with lengths {lens:?}",
-        qkv.shape()
+        three == 3 && lens.lens.len() == b && lens.lens.iter().all(|&n| n <= t),
+        "dense_attention::fwd_packed of {:?} with lengths {:?}",
+        qkv.shape(),
+        lens.lens
     );
     let dims = Dims { b, t, s: t, h, g: h, d };
-    if let Some(o) = qkv.gpu().and_then(|gpu| cuda::fwd_packed(gpu, &dims, qkv, lens)) {
-        return o;
+    if let Some(gpu) = qkv.gpu() {
+        let there = lens.there.as_ref().expect("lengths are where the tensors are");
+        if let Some(o) = cuda::fwd_packed(gpu, &dims, qkv, there) {
+            return o;
+        }
     }
     let [q, k, v] = unpack(qkv);
-    fwd_bidirectional(&q, &k, &v, lens).0
+    fwd_bidirectional(&q, &k, &v, &lens.lens).0
 }
 
 /// The three parts, `[B, T, H, D]` each, of `qkv [B, T, 3, H, D]`.

@@ -3,12 +3,11 @@
 use std::sync::Arc;
 
 use sluice_tensor::Tensor;
-use sluice_tensor::cuda::{Arg, Gpu, KernelSource, Precision};
+use sluice_tensor::cuda::{Arg, Buffer, Gpu, KernelSource, Precision};
 
 use super::WHOLE;
 use crate::launch::{launch, output};
 use crate::routed_attention::Dims;
-use crate::routed_attention::gpu_routing::upload_lens;
 
 macro_rules! source {
     ($name:literal, $head_dim:literal) => {
@@ -32,13 +31,12 @@ pub(super) fn serves(gpu: &Gpu, dims: &Dims, start: usize) -> bool {
 }
 
 /// `(o [B, T, H, D], lse [B, T, H])` of factors in f32; `rows`: of a token in what they lie in, 3 for `[B, T, 3, H, D]`.
-pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, [q, k, v]: [Arg; 3], rows: usize, lens: &[usize]) -> (Tensor, Tensor) {
+pub(super) fn fwd(gpu: &Arc<Gpu>, dims: &Dims, [q, k, v]: [Arg; 3], rows: usize, lens: &Buffer) -> (Tensor, Tensor) {
     let Dims { b, t, h, g, d, .. } = *dims;
     let source = source(d).expect("asked before");
     let (mut o, mut lse) = (output(gpu, [b, t, h, d]), output(gpu, [b, t, h]));
-    let lens = upload_lens(gpu, lens);
     let sizes = [t, h, g, rows * h, rows * g].map(|x| Arg::I32(x as i32));
-    let args: Vec<Arg> = [q, k, v, (&lens).into(), (&mut o).into(), (&mut lse).into()].into_iter().chain(sizes).collect();
+    let args: Vec<Arg> = [q, k, v, lens.into(), (&mut o).into(), (&mut lse).into()].into_iter().chain(sizes).collect();
     // Two stages of keys and values, rows four words longer than a head.
     let shared = 4 * (2 * 2 * KEYS * (d + 4)) as u32;
     // SAFETY: shapes were checked by the caller; `lens` keeps queries and keys within `t`.

@@ -16,8 +16,13 @@ pub(crate) fn run(check: &mut Check<'_>) {
         let dy = rng.normal_tensor([n, m]);
         let tokens: Vec<u32> = (0..n).map(|_| rng.below(vocab) as u32).collect();
         for table in [table.to_dtype(DType::Bf16), table] {
-            check.case("embedding", format!("{n} of [{vocab}, {m}] {:?}", table.dtype()));
+            if !check.case("embedding", format!("{n} of [{vocab}, {m}] {:?}", table.dtype())) {
+                continue;
+            }
             check.compare("y", &fwd(&tokens, &check.put(&table)), &naive::fwd(&tokens, &table), 0.0);
+        }
+        if !check.case("embedding", format!("gradient of [{vocab}, {m}] from {n}")) {
+            continue;
         }
         let start = Tensor::full(10.0, [vocab, m]);
         let mut dtable = check.put(&start);
@@ -26,7 +31,9 @@ pub(crate) fn run(check: &mut Check<'_>) {
         check.compare("dtable added to what was there", &dtable, &want, 1e-5);
     }
     for (n, sizes, m) in [(0, [5, 4, 2], 3), (1, [1, 1, 1], 1), (70, [100, 63, 2], 300)] {
-        check.case("embedding", format!("{n} sums of {sizes:?} by {m}"));
+        if !check.case("embedding", format!("{n} sums of {sizes:?} by {m}")) {
+            continue;
+        }
         let mut rng = Rng::new(4);
         let tables = sizes.map(|vocab| rng.normal_tensor([vocab, m]));
         let rows = sizes.map(|vocab| (0..n).map(|_| rng.below(vocab) as u32).collect::<Vec<_>>());

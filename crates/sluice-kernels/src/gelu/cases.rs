@@ -9,7 +9,9 @@ const SIZES: &[usize] = &[0, 1, 63, 100, 1000, 40_000];
 
 pub(crate) fn run(check: &mut Check<'_>) {
     for &n in SIZES {
-        check.case("gelu", format!("[{n}]"));
+        if !check.case("gelu", format!("[{n}]")) {
+            continue;
+        }
         let mut rng = Rng::new(1);
         let (mut x, dy) = (rng.normal_tensor([n]), rng.normal_tensor([n]));
         x.f32_mut().iter_mut().enumerate().for_each(|(i, x)| *x *= 1.0 + (i % 5) as f32);
@@ -19,7 +21,9 @@ pub(crate) fn run(check: &mut Check<'_>) {
     }
     for (rows, n) in [(0, 8), (3, 63), (5, 1000), (37, 1024), (2, 1), (4, 0)] {
         for format in check.activations() {
-            check.case("gelu", format!("[{rows}, {n}] {format:?} with a bias"));
+            if !check.case("gelu", format!("[{rows}, {n}] {format:?} with a bias")) {
+                continue;
+            }
             let mut rng = Rng::new(3);
             let (mut x, bias) = (rng.normal_tensor([rows, n]), rng.normal_tensor([n]));
             x.f32_mut().iter_mut().enumerate().for_each(|(i, x)| *x *= 1.0 + (i % 5) as f32);

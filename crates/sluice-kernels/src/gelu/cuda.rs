@@ -13,7 +13,7 @@ static BIASED: [KernelSource; 2] = formats!("gelu_biased", "biased.cu");
 
 pub(super) fn fwd_biased(gpu: &Gpu, x: &mut Tensor, bias: &Tensor) {
     /// Rows of a block, as in the source.
-    const ROWS: usize = 8;
+    const ROWS: usize = 4;
     let (n_rows, n) = (x.n_rows(), x.last_dim());
     let source = of_format(&BIASED, x.dtype());
     let columns_per_block = THREADS as usize * 16 / x.dtype().size();

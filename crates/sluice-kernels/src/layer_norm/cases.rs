@@ -13,7 +13,9 @@ const CASES: &[(usize, usize)] = &[(0, 63), (1, 2), (63, 100), (100, 63), (3, 10
 
 pub(crate) fn run(check: &mut Check<'_>) {
     for &(rows, m) in CASES {
-        check.case("layer_norm", format!("[{rows}, {m}]"));
+        if !check.case("layer_norm", format!("[{rows}, {m}]")) {
+            continue;
+        }
         let mut rng = Rng::new(1);
         let (x, w, b) = (rng.normal_tensor([rows, m]), rng.normal_tensor([m]), rng.normal_tensor([m]));
         let dy = rng.normal_tensor([rows, m]);
@@ -31,7 +33,9 @@ pub(crate) fn run(check: &mut Check<'_>) {
     }
     for (rows, m) in [(0, 63), (1, 4), (63, 100), (5, 63), (9, 384), (33, 1024), (3, 1028), (2, 4096), (4, 0)] {
         for format in check.activations() {
-            check.case("layer_norm", format!("[{rows}, {m}] {format:?} of a sum"));
+            if !check.case("layer_norm", format!("[{rows}, {m}] {format:?} of a sum")) {
+                continue;
+            }
             let mut rng = Rng::new(2);
             let (x, r) = (rng.normal_tensor([rows, m]), rng.normal_tensor([rows, m]));
             let (added, w, b) = (rng.normal_tensor([m]), rng.normal_tensor([m]), rng.normal_tensor([m]));

@@ -115,7 +115,9 @@ pub(crate) fn run(check: &mut Check<'_>) {
             (Want::of(&x.h_s, &x.w_s, &x.h_t, &x.w_t, &x, terms), Want::of(a, b, c, d, &x, terms))
         };
 
-        check.case("cross_entropy", name.clone());
+        if !check.case("cross_entropy", name.clone()) {
+            continue;
+        }
         let (want, off) = twins(None);
         let got = cross_entropy(&h_s, &w_s, &x.targets, &x.weights, everything);
         // Logits that become a gradient are activations: rounded ones are off by one part in 2^9 of up to about 8.
@@ -149,7 +151,7 @@ pub(crate) fn run(check: &mut Check<'_>) {
         let equal = of_logits > 0.0 || nothing.nll == got.nll;
         check.require("the loss without gradients is the same", equal && nothing.dh.is_none() && nothing.dw.is_none());
 
-        check.case("distill", name);
+        assert!(check.case("distill", name), "the name that was chosen above");
         let (want, off) = twins(Some(&case.terms));
         let got = distill(&h_s, &w_s, &h_t, &w_t, Some(&x.targets), &x.weights, case.terms, everything);
         check.compare_slice("kl", &got.kl, &want.kl, check.allowed(1e-5, &want.kl, &off.kl, 2.0));
@@ -170,7 +172,9 @@ pub(crate) fn run(check: &mut Check<'_>) {
         let without = distill(&h_s, &w_s, &h_t, &w_t, None, &x.weights, DistillTerms { ce: 0.0, ..case.terms }, Wanted::NOTHING);
         check.require("no targets, no likelihoods", without.nll_student.is_empty() && same(&without.kl, &got.kl));
     }
-    check.case("cross_entropy", "logits without a number");
+    if !check.case("cross_entropy", "logits without a number") {
+        return;
+    }
     let h = check.put(&Tensor::full(f32::NAN, [2, 3]));
     let w = check.put(&Tensor::full(1.0, [5, 3]));
     let got = cross_entropy(&h, &w, &[0, 1], &[1.0, 1.0], Wanted { input: true, weight: false });

@@ -10,7 +10,9 @@ const CASES: &[(usize, usize, usize)] = &[(1, 1, 1), (2, 63, 3), (1, 0, 4), (1, 
 
 pub(crate) fn run(check: &mut Check<'_>) {
     for &(b, t, g) in CASES {
-        check.case("repeat_heads", format!("[{b}, {t}, 1] to {g}"));
+        if !check.case("repeat_heads", format!("[{b}, {t}, 1] to {g}")) {
+            continue;
+        }
         let mut rng = Rng::new(g as u64);
         let (x, dy) = (rng.normal_tensor([b, t, 1]), rng.normal_tensor([b, t, g]));
         let want: Vec<f64> = (0..b * t * g).map(|i| x.f32()[i / g] as f64).collect();

@@ -34,19 +34,23 @@ impl Outcome {
 pub struct Check<'a> {
     device: &'a Device,
     report: &'a mut dyn FnMut(Outcome),
+    /// Text that the cases to run have in their names.
+    only: Option<&'a str>,
     op: &'static str,
     case: String,
 }
 
 impl<'a> Check<'a> {
-    pub(super) fn new(device: &'a Device, report: &'a mut dyn FnMut(Outcome)) -> Self {
-        Self { device, report, op: "", case: String::new() }
+    pub(super) fn new(device: &'a Device, only: Option<&'a str>, report: &'a mut dyn FnMut(Outcome)) -> Self {
+        Self { device, report, only, op: "", case: String::new() }
     }
 
-    /// Begin a case.
-    pub fn case(&mut self, op: &'static str, case: impl Into<String>) {
+    /// Begin a case, unless it is one that nobody asked for.
+    #[must_use]
+    pub fn case(&mut self, op: &'static str, case: impl Into<String>) -> bool {
         self.op = op;
         self.case = case.into();
+        self.only.is_none_or(|text| self.case.contains(text))
     }
 
     /// Where the cases run.

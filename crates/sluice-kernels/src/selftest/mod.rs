@@ -11,13 +11,22 @@ use sluice_tensor::Device;
 
 pub use check::{Check, Outcome};
 
-/// Run the cases of every op, or of the one named, on a device; `report` hears about every output that was compared.
-pub fn run(device: &Device, only: Option<&str>, mut report: impl FnMut(Outcome)) {
+/// Which cases to run: all of them by default.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Only<'a> {
+    /// Those of this op.
+    pub op: Option<&'a str>,
+    /// Those whose name contains this.
+    pub case: Option<&'a str>,
+}
+
+/// Run cases on a device; `report` hears about every output that was compared.
+pub fn run(device: &Device, only: Only<'_>, mut report: impl FnMut(Outcome)) {
     if let Some(gpu) = device.gpu() {
         gpu.poison_fresh_memory(true);
     }
-    for (_, check_op) in OPS.iter().filter(|(name, _)| only.is_none_or(|only| only == *name)) {
-        check_op(&mut Check::new(device, &mut report));
+    for (_, check_op) in OPS.iter().filter(|(name, _)| only.op.is_none_or(|op| op == *name)) {
+        check_op(&mut Check::new(device, only.case, &mut report));
     }
     if let Some(gpu) = device.gpu() {
         gpu.poison_fresh_memory(false);

@@ -10,7 +10,9 @@ const SIZES: &[usize] = &[0, 1, 63, 100, 1000, 40_000];
 pub(crate) fn run(check: &mut Check<'_>) {
     for &n in SIZES {
         for format in check.activations() {
-            check.case("swiglu", format!("[{n}] {format:?}"));
+            if !check.case("swiglu", format!("[{n}] {format:?}")) {
+                continue;
+            }
             let mut rng = Rng::new(1);
             let (mut gate, up, dy) = (rng.normal_tensor([n]), rng.normal_tensor([n]), rng.normal_tensor([n]));
             // Gates up to +-30: both saturated ends.

@@ -29,7 +29,9 @@ pub(crate) fn run(check: &mut Check<'_>) {
         let [figures, locally] = [&teacher, &local].map(|x| x.figures.to(&sluice_tensor::Device::Cpu));
         for with_local in [true, false] {
             for terms in [TERMS, Terms { sure: 2.0, share: 0.0, ..TERMS }] {
-                check.case("token_weights", format!("documents of {documents:?}, local {with_local}, share {}", terms.share));
+                if !check.case("token_weights", format!("documents of {documents:?}, local {with_local}, share {}", terms.share)) {
+                    continue;
+                }
                 let got = fwd(&teacher, with_local.then_some(&local), &draws, documents, &terms);
                 let of_row = |i: usize| {
                     let [nll, probability] = [0, 2].map(|k| figures.f32()[i * 3 + k] as f64);
@@ -46,7 +48,9 @@ pub(crate) fn run(check: &mut Check<'_>) {
         }
     }
     // A document of which nothing counts takes no part; a row with a weight of 0 leaves no trace in a loss.
-    check.case("token_weights", "rows of weight 0");
+    if !check.case("token_weights", "rows of weight 0") {
+        return;
+    }
     let (h, w) = (check.put(&Tensor::full(1.0, [2, 3])), check.put(&Tensor::full(1.0, [5, 3])));
     let weights = RowWeights::of(&[1.0, 1.0], check.device());
     let halves = weights.with_values(check.put(&Tensor::from_vec(vec![0.0, 0.5], [2])));

@@ -48,7 +48,9 @@ pub(crate) fn run(check: &mut Check<'_>) {
     for case in CASES {
         let Case { t, heads, window, top_k, every, n_sink, ties, short } = *case;
         let tied = if ties { ", ties" } else { "" };
-        check.case("top_k_routing", format!("T {t}, {heads} heads, w {window}, k {top_k}, r {every}{tied}"));
+        if !check.case("top_k_routing", format!("T {t}, {heads} heads, w {window}, k {top_k}, r {every}{tied}")) {
+            continue;
+        }
         let budget = Budget { window, top_k, route_every: every, n_sink };
         let lens: Vec<usize> = [t].into_iter().chain(short).collect();
         let mut scores = Rng::new(3 + t as u64).normal_tensor([lens.len(), t, heads]);

@@ -11,7 +11,9 @@ const CASES: &[(usize, usize)] = &[(0, 63), (1, 1), (63, 100), (100, 63), (3, 10
 
 pub(crate) fn run(check: &mut Check<'_>) {
     for &(rows, m) in CASES {
-        check.case("weighted_mse", format!("[{rows}, {m}]"));
+        if !check.case("weighted_mse", format!("[{rows}, {m}]")) {
+            continue;
+        }
         let mut rng = Rng::new(m as u64);
         let (mut a, mut b) = (rng.normal_tensor([rows, m]), rng.normal_tensor([rows, m]));
         let weights: Vec<f32> = (0..a.n_rows()).map(|i| if i % 3 == 1 { 0.0 } else { 0.5 + rng.uniform() }).collect();
