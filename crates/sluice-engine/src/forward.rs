@@ -197,7 +197,7 @@ pub(crate) fn run(engine: &mut Engine, parts: &mut [Part<'_>]) {
         }
         quantise(team, o, q_len, &mut s.o_int8);
         linear(team, set, artifact.matrix(layer.o), &s.o_int8, n, None, block); // [T, M]
-        add(h, block);
+        add(team, h, block, m);
 
         // SwiGLU.
         let norm = artifact.floats(layer.post_norm);
@@ -219,7 +219,7 @@ pub(crate) fn run(engine: &mut Engine, parts: &mut [Part<'_>]) {
             }
         });
         linear(team, set, artifact.matrix(layer.down), &s.gated_int8, n, None, block); // [T, M]
-        add(h, block);
+        add(team, h, block, m);
     }
     parts.iter_mut().for_each(|part| part.sequence.position += part.tokens.len());
 }
@@ -341,6 +341,8 @@ fn norm_heads(heads: &mut [f32], weight: &[f32], eps: f32) {
     }
 }
 
-fn add(h: &mut [f32], block: &[f32]) {
-    h.iter_mut().zip(block).for_each(|(h, block)| *h += block);
+fn add(team: &mut WorkerTeam, h: &mut [f32], block: &[f32], m: usize) {
+    team.for_each_chunk(h, TOKENS_PER_JOB * m, |job, h| {
+        h.iter_mut().zip(&block[job * TOKENS_PER_JOB * m..]).for_each(|(h, block)| *h += block);
+    });
 }
