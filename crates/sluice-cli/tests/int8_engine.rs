@@ -9,7 +9,7 @@ use sluice_model::checkpoint::{self, GATES_FILE, export_hf};
 use sluice_model::{AttentionPlan, Cache, Decoder, Policy};
 use sluice_spec::{Architecture, GateHeads, ModelConfig, RoutingConfig};
 use sluice_tensor::DType;
-use sluice_testkit::Rng;
+use sluice_testkit::{Rng, small_model};
 
 /// Gates that look at the token as much as at its age.
 fn with_random_gates(mut model: Decoder, heads: GateHeads) -> Decoder {
@@ -115,23 +115,8 @@ fn every_architecture_comes_through() {
     // Nothing is evicted: with random weights a single other key changes the logits more than all rounding does.
     let routing = RoutingConfig { window: 16, top_k: 200, route_every: 8, ..RoutingConfig::default() };
     for (architecture, tied) in [(Architecture::Llama, true), (Architecture::Qwen2, false), (Architecture::Qwen3, false)] {
-        let config = ModelConfig {
-            architecture,
-            n_layers: 2,
-            d_model: 96,
-            d_ff: 200,
-            n_heads: 4,
-            n_kv_heads: 2,
-            head_dim: 32,
-            vocab_size: 2048,
-            max_seq_len: 512,
-            norm_eps: 1e-5,
-            rope_theta: 1e4,
-            rope_scaling: None,
-            tie_embeddings: tied,
-            qkv_bias: architecture == Architecture::Qwen2,
-            qk_norm: architecture == Architecture::Qwen3,
-        };
+        let config =
+            ModelConfig { d_model: 96, d_ff: 200, head_dim: 32, vocab_size: 2048, tie_embeddings: tied, ..small_model(architecture) };
         let model = with_random_gates(Decoder::random(&config, 3), GateHeads::KvHead);
         let (tokenizer, name) = (embedded::tokenizer(), architecture.name());
         let (source, folder) = (temporary.path().join(name), temporary.path().join(format!("{name}-int8")));

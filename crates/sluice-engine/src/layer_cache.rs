@@ -268,13 +268,12 @@ fn head_of<'a>(shape: HeadShape, keys: &'a mut [u16], values: &'a mut [u16], hea
 mod tests {
     use sluice_kernels::top_k_routing::{Budget, RouterState};
     use sluice_spec::{Architecture, GateHeads};
-    use sluice_testkit::Rng;
+    use sluice_testkit::{Rng, small_model};
 
     use super::*;
 
     fn model(g: usize) -> ModelConfig {
         ModelConfig {
-            architecture: Architecture::Llama,
             n_layers: 1,
             d_model: 4,
             d_ff: 4,
@@ -283,12 +282,7 @@ mod tests {
             head_dim: 2,
             vocab_size: 8,
             max_seq_len: 64,
-            norm_eps: 1e-5,
-            rope_theta: 1e4,
-            rope_scaling: None,
-            tie_embeddings: true,
-            qkv_bias: false,
-            qk_norm: false,
+            ..small_model(Architecture::Llama)
         }
     }
 

@@ -100,12 +100,13 @@ impl Compared {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use sluice_spec::{Architecture, ModelConfig};
+    use sluice_testkit::small_model;
+
+    use super::*;
 
     fn tiny() -> Decoder {
         let config = ModelConfig {
-            architecture: Architecture::Llama,
             n_layers: 1,
             d_model: 8,
             d_ff: 8,
@@ -114,12 +115,7 @@ mod tests {
             head_dim: 4,
             vocab_size: 16,
             max_seq_len: 64,
-            norm_eps: 1e-5,
-            rope_theta: 1e4,
-            rope_scaling: None,
-            tie_embeddings: true,
-            qkv_bias: false,
-            qk_norm: false,
+            ..small_model(Architecture::Llama)
         };
         Decoder::random(&config, 1)
     }

@@ -77,27 +77,13 @@ fn linear_flops_per_token(config: &ModelConfig, gated: bool) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use sluice_spec::Architecture;
+    use sluice_testkit::small_model;
+
+    use super::*;
 
     fn config() -> ModelConfig {
-        ModelConfig {
-            architecture: Architecture::Llama,
-            n_layers: 2,
-            d_model: 32,
-            d_ff: 64,
-            n_heads: 4,
-            n_kv_heads: 2,
-            head_dim: 8,
-            vocab_size: 96,
-            max_seq_len: 4096,
-            norm_eps: 1e-5,
-            rope_theta: 1e4,
-            rope_scaling: None,
-            tie_embeddings: true,
-            qkv_bias: false,
-            qk_norm: false,
-        }
+        ModelConfig { d_ff: 64, vocab_size: 96, max_seq_len: 4096, ..small_model(Architecture::Llama) }
     }
 
     #[test]

@@ -314,12 +314,12 @@ fn biases_of_layer(config: &ModelConfig) -> u64 {
 #[cfg(test)]
 mod tests {
     use sluice_spec::Architecture;
+    use sluice_testkit::small_model;
 
     use super::*;
 
     fn config() -> ModelConfig {
         ModelConfig {
-            architecture: Architecture::Llama,
             n_layers: 3,
             d_model: 8,
             d_ff: 16,
@@ -328,12 +328,7 @@ mod tests {
             head_dim: 4,
             vocab_size: 32,
             max_seq_len: 64,
-            norm_eps: 1e-5,
-            rope_theta: 1e4,
-            rope_scaling: None,
-            tie_embeddings: true,
-            qkv_bias: false,
-            qk_norm: false,
+            ..small_model(Architecture::Llama)
         }
     }
 

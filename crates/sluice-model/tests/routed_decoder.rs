@@ -5,26 +5,10 @@ use sluice_autograd::Tape;
 use sluice_model::{AttentionPlan, Cache, Decoder, Forward, Policy};
 use sluice_spec::{Architecture, GateHeads, ModelConfig, RoutingConfig};
 use sluice_tensor::Tensor;
-use sluice_testkit::{Rng, max_abs_diff};
+use sluice_testkit::{Rng, max_abs_diff, small_model};
 
 fn config(architecture: Architecture) -> ModelConfig {
-    ModelConfig {
-        architecture,
-        n_layers: 3,
-        d_model: 32,
-        d_ff: 48,
-        n_heads: 4,
-        n_kv_heads: 2,
-        head_dim: 8,
-        vocab_size: 64,
-        max_seq_len: 512,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: None,
-        tie_embeddings: architecture != Architecture::Qwen2,
-        qkv_bias: architecture == Architecture::Qwen2,
-        qk_norm: architecture == Architecture::Qwen3,
-    }
+    ModelConfig { n_layers: 3, tie_embeddings: architecture != Architecture::Qwen2, ..small_model(architecture) }
 }
 
 /// A random model whose gates and logits are far from trivial.

@@ -1,7 +1,29 @@
-//! Dev-dependency of every crate: seeded numbers, tolerances and finite differences.
+//! Dev-dependency of every crate: seeded numbers, tolerances, finite differences and the shape of a small model.
 //! Deterministic: the same seed gives the same numbers on every machine.
 
+use sluice_spec::{Architecture, ModelConfig};
 use sluice_tensor::Tensor;
+
+/// A decoder of two layers, four heads on two KV heads, with the biases and norms of its architecture. A test names what it needs otherwise.
+pub fn small_model(architecture: Architecture) -> ModelConfig {
+    ModelConfig {
+        architecture,
+        n_layers: 2,
+        d_model: 32,
+        d_ff: 48,
+        n_heads: 4,
+        n_kv_heads: 2,
+        head_dim: 8,
+        vocab_size: 64,
+        max_seq_len: 512,
+        norm_eps: 1e-5,
+        rope_theta: 1e4,
+        rope_scaling: None,
+        tie_embeddings: true,
+        qkv_bias: architecture == Architecture::Qwen2,
+        qk_norm: architecture == Architecture::Qwen3,
+    }
+}
 
 /// A small seeded generator (SplitMix64); tests need reproducible numbers, not good ones.
 pub struct Rng(u64);

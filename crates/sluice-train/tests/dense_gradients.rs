@@ -4,27 +4,11 @@
 use sluice_autograd::Tape;
 use sluice_model::{AttentionPlan, Decoder, Forward, Policy};
 use sluice_spec::{Architecture, ModelConfig, RoutingConfig};
-use sluice_testkit::{Rng, max_abs_diff};
+use sluice_testkit::{Rng, max_abs_diff, small_model};
 
 #[test]
 fn unlimited_routing_has_the_gradients_of_dense_attention() {
-    let config = ModelConfig {
-        architecture: Architecture::Qwen2,
-        n_layers: 2,
-        d_model: 64,
-        d_ff: 96,
-        n_heads: 4,
-        n_kv_heads: 2,
-        head_dim: 32,
-        vocab_size: 50,
-        max_seq_len: 256,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: None,
-        tie_embeddings: true,
-        qkv_bias: true,
-        qk_norm: false,
-    };
+    let config = ModelConfig { d_model: 64, d_ff: 96, head_dim: 32, vocab_size: 50, max_seq_len: 256, ..small_model(Architecture::Qwen2) };
     let mut model = Decoder::random(&config, 5);
     model.set_trainable(|_| true);
     for (t, lens) in [(128, vec![128, 128, 128]), (129, vec![129, 77]), (200, vec![200])] {

@@ -3,7 +3,7 @@
 use sluice_model::{Decoder, train_memory};
 use sluice_spec::{Architecture, ModelConfig, RoutingConfig};
 use sluice_tensor::memory;
-use sluice_testkit::Rng;
+use sluice_testkit::{Rng, small_model};
 use sluice_train::distill::{Distiller, Split};
 use sluice_train::distill_config::DistillConfig;
 use sluice_train::documents::Documents;
@@ -15,21 +15,13 @@ const CONTEXT: usize = 1400;
 
 fn distiller(all_weights: bool) -> Distiller {
     let model = ModelConfig {
-        architecture: Architecture::Llama,
         n_layers: 6,
         d_model: 64,
         d_ff: 192,
-        n_heads: 4,
-        n_kv_heads: 2,
         head_dim: 16,
         vocab_size: 512,
         max_seq_len: 2048,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: None,
-        tie_embeddings: true,
-        qkv_bias: false,
-        qk_norm: false,
+        ..small_model(Architecture::Llama)
     };
     let mut config = DistillConfig {
         context: CONTEXT,

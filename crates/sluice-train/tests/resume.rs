@@ -2,29 +2,13 @@
 
 use sluice_model::Decoder;
 use sluice_spec::{Architecture, ModelConfig, RoutingConfig};
-use sluice_testkit::Rng;
+use sluice_testkit::{Rng, small_model};
 use sluice_train::distill::Distiller;
 use sluice_train::distill_config::DistillConfig;
 use sluice_train::documents::Documents;
 
 fn model() -> Decoder {
-    let config = ModelConfig {
-        architecture: Architecture::Qwen2,
-        n_layers: 2,
-        d_model: 32,
-        d_ff: 48,
-        n_heads: 4,
-        n_kv_heads: 2,
-        head_dim: 8,
-        vocab_size: 64,
-        max_seq_len: 2048,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: None,
-        tie_embeddings: true,
-        qkv_bias: true,
-        qk_norm: false,
-    };
+    let config = ModelConfig { max_seq_len: 2048, ..small_model(Architecture::Qwen2) };
     Decoder::random(&config, 9)
 }
 

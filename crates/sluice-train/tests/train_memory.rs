@@ -3,6 +3,7 @@
 use sluice_model::train_memory;
 use sluice_spec::{Architecture, ModelConfig};
 use sluice_tensor::memory;
+use sluice_testkit::small_model;
 use sluice_train::pretrain::{Batch, DataConfig, Phase, Pretrainer, TrainConfig};
 
 /// Largest relative difference; what the count leaves out (`train_memory`'s first lines) is below it.
@@ -43,23 +44,7 @@ fn check_that_a_budget_is_met_by_the_fewest_layers_that_run_again() {
 }
 
 fn config() -> ModelConfig {
-    ModelConfig {
-        architecture: Architecture::Llama,
-        n_layers: 6,
-        d_model: 64,
-        d_ff: 192,
-        n_heads: 4,
-        n_kv_heads: 2,
-        head_dim: 16,
-        vocab_size: 512,
-        max_seq_len: 512,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: None,
-        tie_embeddings: true,
-        qkv_bias: false,
-        qk_norm: false,
-    }
+    ModelConfig { n_layers: 6, d_model: 64, d_ff: 192, head_dim: 16, vocab_size: 512, ..small_model(Architecture::Llama) }
 }
 
 fn trainer(batch: usize, context: usize) -> Pretrainer {

@@ -4,26 +4,18 @@
 use sluice_engine::{Artifact, ArtifactBuilder};
 use sluice_spec::artifact::{self, Provenance, TensorKind};
 use sluice_spec::{Architecture, GateHeads, ModelConfig, RoutingConfig, TextConfig};
-use sluice_testkit::Rng;
+use sluice_testkit::{Rng, small_model};
 
 /// A decoder with awkward sizes: no width is a multiple of a group, the vocabulary not of a tile.
 pub(crate) fn model(architecture: Architecture) -> ModelConfig {
     ModelConfig {
-        architecture,
-        n_layers: 2,
         d_model: 72,
         d_ff: 100,
         n_heads: 6,
-        n_kv_heads: 2,
         head_dim: 20,
         vocab_size: 101,
-        max_seq_len: 512,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: None,
         tie_embeddings: architecture == Architecture::Llama,
-        qkv_bias: architecture == Architecture::Qwen2,
-        qk_norm: architecture == Architecture::Qwen3,
+        ..small_model(architecture)
     }
 }
 

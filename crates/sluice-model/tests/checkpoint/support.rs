@@ -7,28 +7,12 @@ use half::{bf16, f16};
 use sluice_model::checkpoint::{self, Checkpoint, tensor_shapes};
 use sluice_spec::{Architecture, ModelConfig, TextConfig, tensor_names};
 use sluice_tensor::{DType, Tensor};
-use sluice_testkit::Rng;
+use sluice_testkit::{Rng, small_model};
 
 pub(crate) type Tensors = BTreeMap<String, Tensor>;
 
 pub(crate) fn tiny_config(architecture: Architecture) -> ModelConfig {
-    ModelConfig {
-        architecture,
-        n_layers: 2,
-        d_model: 32,
-        d_ff: 64,
-        n_heads: 4,
-        n_kv_heads: 2,
-        head_dim: 8,
-        vocab_size: 40,
-        max_seq_len: 128,
-        norm_eps: 1e-5,
-        rope_theta: 50_000.0,
-        rope_scaling: None,
-        tie_embeddings: true,
-        qkv_bias: architecture == Architecture::Qwen2,
-        qk_norm: architecture == Architecture::Qwen3,
-    }
+    ModelConfig { d_ff: 64, vocab_size: 40, max_seq_len: 128, rope_theta: 50_000.0, ..small_model(architecture) }
 }
 
 /// Multiples of 1/64 below 2: exact in every format that the tests store.

@@ -12,30 +12,15 @@ use sluice_engine::{Artifact, ArtifactBuilder, Engine, Options};
 use sluice_server::{ServeError, ServerConfig};
 use sluice_spec::artifact::{self, Provenance, TensorKind};
 use sluice_spec::{Architecture, GateHeads, ModelConfig, RoutingConfig, TextConfig};
-use sluice_testkit::Rng;
+use sluice_testkit::{Rng, small_model};
 
 /// Turns of a conversation in brackets, each on a line: no token reaches from one into the next.
 pub(crate) const TEMPLATE: &str =
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
 
 pub(crate) fn artifact() -> Artifact {
-    let model = ModelConfig {
-        architecture: Architecture::Llama,
-        n_layers: 2,
-        d_model: 64,
-        d_ff: 96,
-        n_heads: 4,
-        n_kv_heads: 2,
-        head_dim: 16,
-        vocab_size: 2048,
-        max_seq_len: 4096,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        rope_scaling: None,
-        tie_embeddings: true,
-        qkv_bias: false,
-        qk_norm: false,
-    };
+    let model =
+        ModelConfig { d_model: 64, d_ff: 96, head_dim: 16, vocab_size: 2048, max_seq_len: 4096, ..small_model(Architecture::Llama) };
     let routing = RoutingConfig { window: 16, top_k: 24, route_every: 8, n_sink: 2, gate_heads: GateHeads::KvHead, gate_temperature: 0.0 };
     let text = TextConfig { bos: Some(0), eos: vec![1], chat_template: Some(TEMPLATE.into()) };
     let tokenizer = embedded::tokenizer().to_json();

@@ -301,27 +301,11 @@ mod tests {
     use crate::documents::Documents;
     use sluice_model::Decoder;
     use sluice_spec::{Architecture, ModelConfig};
-    use sluice_testkit::Rng;
+    use sluice_testkit::{Rng, small_model};
 
     /// Three documents a step, of different lengths, without noise (which is drawn by row, so that it depends on the batch).
     fn distiller(documents: usize) -> Distiller {
-        let model = ModelConfig {
-            architecture: Architecture::Llama,
-            n_layers: 2,
-            d_model: 32,
-            d_ff: 48,
-            n_heads: 4,
-            n_kv_heads: 2,
-            head_dim: 8,
-            vocab_size: 64,
-            max_seq_len: 2048,
-            norm_eps: 1e-5,
-            rope_theta: 1e4,
-            rope_scaling: None,
-            tie_embeddings: true,
-            qkv_bias: false,
-            qk_norm: false,
-        };
+        let model = ModelConfig { max_seq_len: 2048, ..small_model(Architecture::Llama) };
         let mut config = DistillConfig {
             context: 1300,
             routing: RoutingConfig { window: 8, top_k: 56, route_every: 16, ..RoutingConfig::default() },
