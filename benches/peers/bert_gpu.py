@@ -4,8 +4,8 @@
 
 Speed: a forward pass of BERT-large's shape with random weights (24 layers, 1024 wide, 16 heads, sequence 128, batch 64), `sluice bench bert`, which checks its
 states against the CPU first, and two forms of the same in PyTorch, each eager and under torch.compile: transformers' BertModel, and a plain module with one product for queries, keys and
-values and attention without a mask. The fastest of the four is the peer. Medians; f32, TF32, bf16 (weights in bf16, which is faster than autocast). Sluice runs before
-and after PyTorch, so that neither has the cooler card.
+values and attention without a mask. The fastest of the four is the peer (`--forms` runs some of them only). Medians; f32, TF32, bf16 (weights in bf16, which is faster than
+autocast). Sluice runs before and after PyTorch, so that neither has the cooler card, each time without and with `--tune`.
 
 Accuracy: all-MiniLM-L6-v2 on real sentences (lines of text files cut at full stops). Embeddings by transformers in f32 on the CPU are the reference; for every
 precision of Sluice the cosine of each sentence with it, and whether rankings survive: Spearman's rank correlation of all pairs' cosines, the overlap of the ten nearest
@@ -32,8 +32,8 @@ def last_json(command):
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
-def run_sluice(args, precision):
-    command = [args.sluice, "bench", "bert", "--sequence", str(args.sequence), "--batch", str(args.batch), "--runs", str(args.runs), "--device", "cuda", "--precision", precision, "--json"]
+def run_sluice(args, precision, *more):
+    command = [args.sluice, "bench", "bert", "--sequence", str(args.sequence), "--batch", str(args.batch), "--runs", str(args.runs), "--device", "cuda", "--precision", precision, "--json", *more]
     return last_json(command)
 
 
@@ -98,6 +98,8 @@ def run_torch(args, precision):
     for name, model in models.items():
         model = model.eval().bfloat16() if precision == "bf16" else model.eval()
         for way in ["eager", "compiled"] if precision != "f32" else ["eager"]:
+            if args.forms and f"{name} {way}" not in args.forms:
+                continue
             try:
                 found[f"{name} {way}"] = measure(torch.compile(model) if way == "compiled" else model)
             except Exception as e:  # The others are worth having.
@@ -110,16 +112,19 @@ def speed(args):
     for precision in args.precisions:
         row = dict(precision=precision)
         try:
-            row["sluice"] = [run_sluice(args, precision)]
+            ways = dict(sluice=[], sluice_tuned=["--tune"])
+            row |= {way: [run_sluice(args, precision, *more)] for way, more in ways.items()}
             row["torch"] = run_torch(args, precision)
             torch.cuda.empty_cache()
-            row["sluice"].append(run_sluice(args, precision))
-            ours = [run["samples_per_second"] for run in row["sluice"]]
+            for way, more in reversed(ways.items()):
+                row[way].append(run_sluice(args, precision, *more))
             row["peer"] = max(row["torch"], key=row["torch"].get)
-            # The slower of our two runs against the fastest of theirs.
-            row["ratio"] = min(ours) / row["torch"][row["peer"]]
-            print(f"{precision}: sluice {' and '.join(f'{x:.0f}' for x in ours)} samples/s, torch " + ", ".join(f"{k} {v:.0f}" for k, v in row["torch"].items())
-                  + f": ratio {row['ratio']:.3f}", flush=True)
+            for way, ratio in zip(ways, ["ratio", "ratio_tuned"]):
+                ours = [run["samples_per_second"] for run in row[way]]
+                # The slower of our two runs against the fastest of theirs.
+                row[ratio] = min(ours) / row["torch"][row["peer"]]
+                print(f"{precision}: {way} {' and '.join(f'{x:.0f}' for x in ours)} samples/s, torch " + ", ".join(f"{k} {v:.0f}" for k, v in row["torch"].items())
+                      + f": ratio {row[ratio]:.3f}", flush=True)
         except Exception as e:
             row["failed"] = repr(e)[:500]
             print(precision, "failed:", row["failed"], flush=True)
@@ -200,6 +205,7 @@ def main():
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--runs", type=int, default=20)
     p.add_argument("--precisions", nargs="+", default=["bf16", "tf32", "f32"])
+    p.add_argument("--forms", nargs="*", help='of "transformers eager", "transformers compiled", "plain eager", "plain compiled"')
     p.add_argument("--minilm", help="folder of all-MiniLM-L6-v2; without it no accuracy is measured")
     p.add_argument("--sentences", nargs="*", default=[], help="text files, or one JSON list of sentences")
     p.add_argument("--n", type=int, default=600, help="sentences")

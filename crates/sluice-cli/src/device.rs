@@ -19,17 +19,22 @@ pub(crate) struct DeviceArgs {
     /// Factors of matrix products on a GPU, with bf16 activations too; sums, norms, gates, losses and master weights are f32 [auto: bf16]
     #[arg(long, default_value = "auto", value_name = "FORMAT", value_parser = ["auto", "bf16", "tf32", "f32"])]
     pub(crate) precision: String,
+    /// Try the algorithms that a GPU's library proposes for every large matrix product when its sizes first come, and keep the fastest with the same bits: for runs
+    /// whose sizes repeat
+    #[arg(long)]
+    pub(crate) tune: bool,
 }
 
 impl DeviceArgs {
     /// Open the device and say what it is and how it multiplies.
     pub(crate) fn open(&self) -> Result<Device> {
-        let device = open(&self.device, precision(&self.precision))?;
+        let device = open(&self.device, precision(&self.precision), self.tune)?;
         if let Device::Cuda(gpu) = &device {
             let precision = gpu.precision();
             let activations = if precision.activations() == DType::Bf16 { " and activations" } else { "" };
             eprintln!("{gpu:?}, {}: factors of matrix products{activations} in {}, everything else in f32", gpu.arch(), precision.name());
         } else {
+            ensure!(!self.tune, "--tune needs a GPU");
             ensure!(
                 matches!(self.precision.as_str(), "auto" | "f32"),
                 "--precision {} needs a GPU; on the CPU everything is f32",
@@ -87,7 +92,7 @@ pub(crate) fn precision(name: &str) -> Precision {
 }
 
 /// Open a device by the name that a user gives.
-pub(crate) fn open(name: &str, precision: Precision) -> Result<Device> {
+fn open(name: &str, precision: Precision, tune: bool) -> Result<Device> {
     let ordinal = match name.split_once(':') {
         _ if name == "cpu" => return Ok(Device::Cpu),
         None if name == "cuda" || name == "auto" => 0,
@@ -97,7 +102,7 @@ pub(crate) fn open(name: &str, precision: Precision) -> Result<Device> {
     if name == "auto" && list(&Libraries::find(&cuda_folders())).is_err() {
         return Ok(Device::Cpu);
     }
-    let options = Options { ordinal, precision, kernel_cache: kernel_cache(), cuda_folders: cuda_folders() };
+    let options = Options { ordinal, precision, kernel_cache: kernel_cache(), tune, cuda_folders: cuda_folders() };
     let gpu = Gpu::open(&options).with_context(|| format!("--device {name}; `sluice devices` lists what this machine has"))?;
     Ok(Device::Cuda(gpu))
 }

@@ -31,7 +31,7 @@ pub(crate) fn run(check: &mut Check<'_>) {
         check.compare("dweight", &dw, &want_dw, 2e-5);
         check.compare("dbias", &db, &want_db, 2e-5);
     }
-    for (rows, m) in [(0, 63), (1, 4), (63, 100), (5, 63), (9, 384), (33, 1024), (3, 1028), (2, 4096), (4, 0)] {
+    for (rows, m) in [(0, 63), (1, 4), (63, 100), (5, 63), (9, 384), (33, 1024), (3, 1028), (2, 4096), (4, 0), (5000, 40), (2500, 63)] {
         for format in check.activations() {
             if !check.case("layer_norm", format!("[{rows}, {m}] {format:?} of a sum")) {
                 continue;

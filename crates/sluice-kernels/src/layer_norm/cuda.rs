@@ -1,11 +1,11 @@
-//! A warp per row; gradients of weight and bias are sums of columns.
+//! A warp per row, for inference a block that stays for several; gradients of weight and bias are sums of columns.
 
 use std::sync::Arc;
 
 use sluice_tensor::cuda::{Gpu, KernelSource};
 use sluice_tensor::{DType, Tensor};
 
-use crate::launch::{ColumnSums, act, act_mut, formats, of_format, output, over_rows, run};
+use crate::launch::{ColumnSums, act, act_mut, formats, launch, of_format, output, over_rows, run};
 
 const SOURCE: KernelSource = KernelSource { name: "layer_norm", code: include_str!("layer_norm.cu") };
 
@@ -34,8 +34,13 @@ pub(super) fn fwd_residual(
         (m as u32).into(),
         eps.into(),
     ];
+    // As in the source: rows of up to 1024 columns have a block each, of a thread for every 16 bytes; others have a warp.
+    let per_thread = 16 / x.dtype().size();
+    let (threads, rows) = if m % per_thread == 0 && m <= 1024 { ((m / per_thread).next_multiple_of(32).max(32), 1) } else { (256, 8) };
+    // Blocks that are at work at a time stay for all rows.
+    let blocks = n_rows.div_ceil(rows).min(gpu.info().multiprocessors as usize * (1024 / threads).min(16));
     // SAFETY: all three have `n_rows` rows of `m`, the vectors `m` (checked by the caller).
-    unsafe { run(gpu, of_format(&RESIDUAL, x.dtype()), "layer_norm_residual", over_rows(n_rows), &args) };
+    unsafe { launch(gpu, of_format(&RESIDUAL, x.dtype()), "layer_norm_residual", [blocks, 1, 1], threads as u32, 0, &args) };
     y
 }
 

@@ -17,3 +17,10 @@ KERNEL widen(const u16* __restrict__ x, float* __restrict__ y, u64 n) { convert(
 KERNEL clear(u16* __restrict__ x, u64 n) {
     EACH(i, n) x[i] = 0;
 }
+
+// Sets `differs` where any two numbers have different bits; all who do write the same.
+KERNEL differ(const u16* __restrict__ x, const u16* __restrict__ y, u32* __restrict__ differs, u64 n) {
+    bool here = false;
+    EACH(i, n) here |= x[i] != y[i];
+    if (here) *differs = 1;
+}

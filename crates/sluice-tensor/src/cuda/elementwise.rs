@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::compile::KernelSource;
-use super::error::or_raise;
+use super::error::{CudaError, or_raise};
 use super::gpu::{Arg, Gpu};
+use super::memory::Buffer;
 use crate::tensor::{DType, Tensor};
 
 const SOURCE: KernelSource = KernelSource { name: "elementwise", code: include_str!("elementwise.cu") };
@@ -34,6 +35,15 @@ pub(crate) fn clear_range(x: &mut Tensor, offset: usize, n: usize) {
     let to = x.address_mut() + (size * offset) as u64;
     // Both formats are a multiple of two bytes, and zero is zero in both.
     run(&gpu, "clear", n * size / 2, &[Arg::U64(to), Arg::U64((n * size / 2) as u64)]);
+}
+
+/// Whether two buffers of the same even length hold the same bytes. Waits for the GPU.
+pub(super) fn same_bytes(gpu: &Arc<Gpu>, a: &Buffer, b: &Buffer) -> Result<bool, CudaError> {
+    assert_eq!(a.bytes(), b.bytes(), "buffers that are compared");
+    let differs = gpu.upload_slice(&[0u32])?;
+    let n = a.bytes() / 2;
+    run(gpu, "differ", n, &[a.into(), b.into(), (&differs).into(), Arg::U64(n as u64)]);
+    Ok(gpu.download_slice::<u32>(&differs)? == [0])
 }
 
 fn run(gpu: &Gpu, name: &str, n: usize, args: &[Arg]) {

@@ -1,8 +1,8 @@
 //! The matrix product on the GPU: cuBLASLt, row-major, results f32 or bf16. Factors are what the GPU's [`Precision`] says; sums are f32.
 //!
 //! cuBLASLt thinks in columns: a row-major `c = a b` is its `c^T = b^T a^T` on the same memory, so `b` is its first factor.
-//! The choice of algorithm is asked for once per shape and kept; it depends on nothing but the shape, so a product has the
-//! same bits every time.
+//! The choice of algorithm is asked for once per shape and kept. It depends on nothing but the shape, or is one of those with the same
+//! bits ([`super::tuning`]), so a product has the same bits every time.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use cudarc::driver;
 
 use super::error::{Context, CudaError, or_raise};
 use super::gpu::{Gpu, Precision};
+use super::tuning;
 use crate::tensor::{DType, Tensor};
 
 /// NVIDIA's advice for Hopper; a split sum over a long inner dimension needs some of it.
@@ -119,22 +120,21 @@ pub fn gemm(a: Mat<'_>, b: Mat<'_>, c: &mut Tensor, offset: usize, row_stride: u
         alignment: addresses.map(|address| 1 << address.trailing_zeros().min(8)),
     };
     let bias = epilogue.bias.map(Tensor::address);
-    or_raise(
-        gpu.bind().and_then(|()| gpu.blas.lock().expect("no panic inside a product").run(&gpu, &key, addresses, bias, epilogue.accumulate)),
-    );
+    let mut blas = gpu.blas.lock().expect("no panic inside a product");
+    or_raise(gpu.bind().and_then(|()| blas.run(&gpu, &key, addresses, bias, epilogue.accumulate)));
 }
 
 /// Everything that the choice of an algorithm depends on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Key {
-    m: usize,
-    k: usize,
-    n: usize,
+pub(super) struct Key {
+    pub(super) m: usize,
+    pub(super) k: usize,
+    pub(super) n: usize,
     /// Of cuBLASLt's first factor, second factor and result.
-    strides: [usize; 3],
+    pub(super) strides: [usize; 3],
     transposed: [bool; 2],
     format: DType,
-    result: DType,
+    pub(super) result: DType,
     precision: Precision,
     with_bias: bool,
     alignment: [u32; 3],
@@ -149,11 +149,14 @@ pub(super) struct Blas {
 }
 
 /// Descriptors and algorithm of one shape.
-struct Plan {
+pub(super) struct Plan {
     product: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
+
+/// How many algorithms are tried where products are tuned: all that cuBLASLt has been seen to propose for one shape.
+const PROPOSALS: usize = 8;
 
 impl Blas {
     /// The context must be current, and the library be there.
@@ -164,16 +167,27 @@ impl Blas {
         Ok(Self { handle, plans: HashMap::new(), workspace })
     }
 
-    fn run(&mut self, gpu: &Gpu, key: &Key, addresses: [u64; 3], bias: Option<u64>, accumulate: bool) -> Result<(), CudaError> {
-        let failed = |e| CudaError::call(format!("the product of [{}, {}] and [{}, {}]", key.m, key.k, key.k, key.n), e);
+    fn run(&mut self, gpu: &Arc<Gpu>, key: &Key, addresses: [u64; 3], bias: Option<u64>, accumulate: bool) -> Result<(), CudaError> {
         if !self.plans.contains_key(key) {
-            let plan = Plan::choose(self.handle, key).map_err(failed)?;
+            let n = if tuning::is_worth(gpu, key) { PROPOSALS } else { 1 };
+            let (mut plan, proposals) = Plan::choose(self.handle, key, n).map_err(|e| failed(key, e))?;
+            if proposals.len() > 1 {
+                plan.algorithm = tuning::fastest(gpu, key, &proposals, |algorithm, result| {
+                    let tried = Plan { algorithm: *algorithm, ..plan };
+                    self.queue(gpu, key, &tried, [addresses[0], addresses[1], result], bias, false)
+                })?;
+            }
             self.plans.insert(*key, plan);
         }
-        let plan = &self.plans[key];
+        self.queue(gpu, key, &self.plans[key], addresses, bias, accumulate)
+    }
+
+    fn queue(&self, gpu: &Gpu, key: &Key, plan: &Plan, addresses: [u64; 3], bias: Option<u64>, accumulate: bool) -> Result<(), CudaError> {
+        let failed = |e| failed(key, e);
         let [first, second, result] = addresses;
         let (one, beta) = (1.0f32, if accumulate { 1.0f32 } else { 0.0 });
-        // SAFETY: the descriptors were made for these shapes, `gemm` checked that they lie within their tensors, and the stream runs in order.
+        // SAFETY: the descriptors were made for these shapes, `gemm` checked that they lie within their tensors (a result that is tried has a buffer of
+        // that size), and the stream runs in order.
         unsafe {
             if let Some(bias) = bias {
                 let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
@@ -215,8 +229,13 @@ impl Blas {
     }
 }
 
+fn failed(key: &Key, e: result::CublasError) -> CudaError {
+    CudaError::call(format!("the product of [{}, {}] and [{}, {}]", key.m, key.k, key.k, key.n), e)
+}
+
 impl Plan {
-    fn choose(handle: sys::cublasLtHandle_t, key: &Key) -> Result<Self, result::CublasError> {
+    /// With the first of up to `n` algorithms that cuBLASLt proposes, and all of them.
+    fn choose(handle: sys::cublasLtHandle_t, key: &Key, n: usize) -> Result<(Self, Vec<sys::cublasLtMatmulAlgo_t>), result::CublasError> {
         use sys::cublasComputeType_t as Compute;
         use sys::cublasLtMatmulDescAttributes_t as Desc;
         use sys::cublasLtMatmulPreferenceAttributes_t as Pref;
@@ -275,9 +294,12 @@ impl Plan {
                 result::set_matmul_pref_attribute(preference, attribute, (&raw const alignment).cast(), 4)?;
             }
             let [l0, l1, l2] = layouts;
-            let chosen = result::get_matmul_algo_heuristic(handle, product, l0, l1, l2, l2, preference);
+            let proposals = propose(n, |most, found, n_found| {
+                sys::cublasLtMatmulAlgoGetHeuristic(handle, product, l0, l1, l2, l2, preference, most, found, n_found)
+            });
             result::destroy_matmul_pref(preference)?;
-            Ok(Self { product, layouts, algorithm: chosen?.algo })
+            let proposals = proposals?;
+            Ok((Self { product, layouts, algorithm: proposals[0] }, proposals))
         }
     }
 
@@ -290,4 +312,21 @@ impl Plan {
             }
         }
     }
+}
+
+/// Up to `n` algorithms, the best guess first, at least one.
+fn propose(
+    n: usize,
+    ask: impl FnOnce(i32, *mut sys::cublasLtMatmulHeuristicResult_t, *mut i32) -> sys::cublasStatus_t,
+) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, result::CublasError> {
+    // SAFETY: all zero is a valid value of this plain struct.
+    let mut found = vec![unsafe { std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>() }; n];
+    let mut n_found = 0;
+    ask(n as i32, found.as_mut_ptr(), &raw mut n_found).result()?;
+    found.truncate(n_found as usize);
+    found.retain(|one| one.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS);
+    if found.is_empty() {
+        return Err(result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED));
+    }
+    Ok(found.into_iter().map(|one| one.algo).collect())
 }

@@ -58,13 +58,15 @@ pub struct Options {
     pub precision: Precision,
     /// Folder for compiled kernels; without one they are compiled in every process.
     pub kernel_cache: Option<PathBuf>,
+    /// Time what cuBLASLt proposes for every large product when its shape first comes, and keep the fastest with the same bits.
+    pub tune: bool,
     /// CUDA folders in which to look for libraries that are not on the library path.
     pub cuda_folders: Vec<PathBuf>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { ordinal: 0, precision: Precision::F32, kernel_cache: None, cuda_folders: Vec::new() }
+        Self { ordinal: 0, precision: Precision::F32, kernel_cache: None, tune: false, cuda_folders: Vec::new() }
     }
 }
 
@@ -119,6 +121,7 @@ fn info(ordinal: i32) -> Result<GpuInfo, CudaError> {
 pub struct Gpu {
     info: GpuInfo,
     precision: Precision,
+    tunes: bool,
     device: sys::CUdevice,
     context: sys::CUcontext,
     pub(super) stream: sys::CUstream,
@@ -233,8 +236,8 @@ impl Gpu {
         let pool = Pool::new(info.ordinal as i32)?;
         let (staging, blas) = (Mutex::new(Staging::new()?), Mutex::new(Blas::new()?));
         let (modules, waits, poison) = (Mutex::default(), AtomicU64::new(0), AtomicBool::new(false));
-        let precision = options.precision;
-        Ok(Arc::new(Self { info, precision, device, context, stream, pool, compiler, modules, staging, blas, waits, poison }))
+        let (precision, tunes) = (options.precision, options.tune);
+        Ok(Arc::new(Self { info, precision, tunes, device, context, stream, pool, compiler, modules, staging, blas, waits, poison }))
     }
 
     /// What it is.
@@ -250,6 +253,11 @@ impl Gpu {
     /// Factors of matrix products.
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// Whether large products try several algorithms: see [`Options::tune`].
+    pub(super) fn tunes(&self) -> bool {
+        self.tunes
     }
 
     /// Architecture that kernels are compiled for.

@@ -14,6 +14,7 @@ mod memory;
 mod compile;
 
 mod gemm;
+mod tuning;
 
 mod elementwise;
 mod error;
