@@ -80,7 +80,7 @@ def main():
     p.add_argument("--tool", default="racecheck", choices=["memcheck", "racecheck", "synccheck", "initcheck"])
     p.add_argument("--precision", nargs="+", default=["bf16"])
     p.add_argument("--ops", nargs="*", help="only these")
-    p.add_argument("--apart", nargs="*", default=["dense_attention"], help="ops with a process for every case")
+    p.add_argument("--apart", nargs="*", default=["dense_attention", "linear"], help="ops with a process for every case")
     p.add_argument("--every-kernel", action="store_true", help="the kernels of cuBLASLt too")
     p.add_argument("--workers", type=int, help="threads of racecheck in a process")
     p.add_argument("--at-once", type=int, default=8, help="processes side by side")
