@@ -195,22 +195,23 @@ __device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, c
         const Rows& info = infos[step % 2];
         copies_wait<0>();
         __syncthreads();
-        if (step + 1 < steps) fetch(step + 1);
-        copies_commit();
         float s[ROWS / 8][4], ds[ROWS / 8][4];
         products_begin();
         product_of_tiles<D, KEYS, ROWS>(s, k_tile, 0, q_tile);
         products_commit();
         product_of_tiles<D, KEYS, ROWS>(ds, v_tile, 0, dout_tile);
         products_commit();
+        if (step + 1 < steps) fetch(step + 1);
+        copies_commit();
         products_wait<1>();
 #pragma unroll
         for (int j = 0; j < ROWS / 8; j++) {
-            const float2 lse = *(const float2*)&info.lse[8 * j + column];
-            s[j][0] = s[j][0] * scale - lse.x * LOG2E;
-            s[j][1] = s[j][1] * scale - lse.y * LOG2E;
-            s[j][2] = s[j][2] * scale - lse.x * LOG2E;
-            s[j][3] = s[j][3] * scale - lse.y * LOG2E;
+            float2 lse = *(const float2*)&info.lse[8 * j + column];
+            lse.x *= LOG2E, lse.y *= LOG2E;
+            s[j][0] = s[j][0] * scale - lse.x;
+            s[j][1] = s[j][1] * scale - lse.y;
+            s[j][2] = s[j][2] * scale - lse.x;
+            s[j][3] = s[j][3] * scale - lse.y;
         }
         bias.add(s, info);
 #pragma unroll

@@ -54,14 +54,28 @@ __device__ __forceinline__ Place place(const int* lens, int T, int n_blocks, int
     return p;
 }
 
+// The first places of a block's list, read long before `list_keys` needs them: a tile has little to do meanwhile.
+struct Early {
+    static constexpr int N = 256 / THREADS;
+    int rows[N];
+
+    __device__ __forceinline__ void load(const Place& p, const int* indices, int G, int n_blocks, int n_places) {
+        const int* list = indices + (((long)p.b * n_blocks + p.block) * G + p.g) * n_places;
+#pragma unroll
+        for (int e = 0; e < N; e++) {
+            const int i = e * THREADS + threadIdx.x;
+            rows[e] = i < n_places ? list[i] : -1;
+        }
+    }
+};
+
 // The list of keys of a tile; routed rows and (in units of the raw logit) biases go to shared memory.
-__device__ __forceinline__ Keys list_keys(const Place& p, int* rows, float* bias, const int* indices, const float* tau, const float* scores, int T, int G,
-                                          int n_blocks, int n_places, int window, float inverse_temperature) {
+__device__ __forceinline__ Keys list_keys(const Place& p, const Early& early, int* rows, float* bias, const int* indices, const float* tau, const float* scores, int T,
+                                          int G, int n_blocks, int n_places, int window, float inverse_temperature) {
     const long at = ((long)p.b * n_blocks + p.block) * G + p.g;
     const float tau_b = scores ? tau[at] : 0.0f;
     int n = 0;
-    for (int i = threadIdx.x; i < (n_places + THREADS - 1) / THREADS * THREADS; i += THREADS) {
-        const int row = i < n_places ? indices[at * n_places + i] : -1;
+    const auto take = [&](int i, int row) {
         if (row >= 0) {
             rows[i] = row;
             if (scores) {
@@ -73,7 +87,10 @@ __device__ __forceinline__ Keys list_keys(const Place& p, int* rows, float* bias
             }
         }
         n += __syncthreads_count(row >= 0);
-    }
+    };
+#pragma unroll
+    for (int e = 0; e < Early::N; e++) take(e * THREADS + threadIdx.x, early.rows[e]);
+    for (int i = 256 + threadIdx.x; i < (n_places + THREADS - 1) / THREADS * THREADS; i += THREADS) take(i, i < n_places ? indices[at * n_places + i] : -1);
     Keys keys;
     keys.rows = rows;
     keys.n_routed = n;
@@ -138,8 +155,10 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
     int* rows = (int*)(shared + Layout::row_tile + 4 * Layout::key_tile);
     float* bias = scores ? (float*)(rows + n_places) : nullptr;
 
+    Early early;
+    early.load(p, indices, G, n_blocks, n_places);
     copy_rows<ROWS, D, THREADS>(q_tile, q, [&](int i) { return p.at(min(i, p.n_rows - 1), T, G); });
-    const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
+    const Keys keys = list_keys(p, early, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
     const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = warpgroup() * 64;
     const auto k_tile = [&](int step) { return kv + step % 2 * (2 * Layout::key_tile); };
     const auto v_tile = [&](int step) { return k_tile(step) + Layout::key_tile; };
@@ -183,10 +202,10 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
     for (int step = 0; step < steps; step++) {
         copies_wait<0>();
         __syncthreads();
-        fetch(step + 1);
         products_begin();
         product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
         products_commit();
+        fetch(step + 1);
         products_wait<0>();
         softmax(step);
         u32 weights[KEYS / 16][4];
@@ -219,6 +238,31 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
     for (int i = p.n_rows + threadIdx.x; i < p.n_padded; i += THREADS) lse[p.at(i, T, G)] = -infinity();
 }
 
+// A thread's quarter of a row of `o` and `dout`, whose products add up to delta.
+struct RowProducts {
+    uint4 o[D / 32], dout[D / 32];
+
+    __device__ __forceinline__ void load(const bf16* o_rows, const bf16* dout_rows, u32 row) {
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            const u64 at = (u64)row * D + (i * 4 + threadIdx.x % 4) * 8;
+            o[i] = *(const uint4*)(o_rows + at);
+            dout[i] = *(const uint4*)(dout_rows + at);
+        }
+    }
+
+    __device__ __forceinline__ float sum() const {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            const u32 xs[4] = {o[i].x, o[i].y, o[i].z, o[i].w}, ys[4] = {dout[i].x, dout[i].y, dout[i].z, dout[i].w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum += low_float(xs[e]) * low_float(ys[e]) + high_float(xs[e]) * high_float(ys[e]);
+        }
+        return sum;
+    }
+};
+
 // dq [B, T, H, D], and delta [B, T, H] = sum of dout * o, which the gradients of keys and values need too.
 extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_dq(
     const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const bf16* o, const float* lse, const float* scores, const int* indices, const float* tau,
@@ -232,18 +276,19 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
         return;
     }
     const u32 q_tile = shared_address(shared), dout_tile = q_tile + Layout::row_tile, kv = dout_tile + Layout::row_tile;
-    float* deltas = (float*)(shared + 2 * Layout::row_tile + 5 * Layout::key_tile);
-    int* rows = (int*)(deltas + ROWS);
+    int* rows = (int*)(shared + 2 * Layout::row_tile + 5 * Layout::key_tile);
     float* bias = scores ? (float*)(rows + n_places) : nullptr;
 
+    // Everything that a tile must know is asked for before anything is waited for.
+    Early early;
+    early.load(p, indices, G, n_blocks, n_places);
     copy_rows<ROWS, D, THREADS>(q_tile, q, dout_tile, dout, [&](int i) { return p.at(min(i, p.n_rows - 1), T, G); });
-    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    // Rows that are padding have no weights.
-    const float top0 = row < p.n_rows ? lse[p.at(row, T, G)] * LOG2E : infinity(), top1 = row + 8 < p.n_rows ? lse[p.at(row + 8, T, G)] * LOG2E : infinity();
-    uint4 outs[(ROWS * (D / 8) + THREADS - 1) / THREADS];
-    int n = 0;
-    for_pieces<ROWS, D, THREADS>([&](int i, u32) { outs[n++] = *(const uint4*)(o + (u64)p.at(min(i, p.n_rows - 1), T, G) * D + threadIdx.x % (D / 8) * 8); });
-    const Keys keys = list_keys(p, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+    const u32 at0 = p.at(min(row, p.n_rows - 1), T, G), at1 = p.at(min(row + 8, p.n_rows - 1), T, G);
+    const float lse0 = lse[at0], lse1 = lse[at1];
+    RowProducts products0, products1;
+    products0.load(o, dout, at0), products1.load(o, dout, at1);
+    const Keys keys = list_keys(p, early, rows, bias, indices, tau, scores, T, G, n_blocks, n_places, window, inverse_temperature);
     const int steps = (keys.n + KEYS - 1) / KEYS, warpgroup_row = warpgroup() * 64;
     const auto k_tile = [&](int step) { return kv + step % 3 * Layout::key_tile; };
     const auto v_tile = [&](int step) { return kv + (3 + step % 2) * Layout::key_tile; };
@@ -253,28 +298,19 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
     };
     fetch(0);
     fetch(1);
+    const float delta0 = quad_sum(products0.sum()), delta1 = quad_sum(products1.sum());
+    if (lane % 4 == 0) {
+        if (row < p.n_padded) delta[p.at(row, T, G)] = row < p.n_rows ? delta0 : 0.0f;
+        if (row + 8 < p.n_padded) delta[p.at(row + 8, T, G)] = row + 8 < p.n_rows ? delta1 : 0.0f;
+    }
+    // Rows that are padding have no weights.
+    const float top0 = row < p.n_rows ? lse0 * LOG2E : infinity(), top1 = row + 8 < p.n_rows ? lse1 * LOG2E : infinity();
     copies_wait<1>();
-    __syncthreads();
-    n = 0;
-    for_pieces<ROWS, D, THREADS>([&](int i, u32 at) {
-        const uint4 x = outs[n++], y = *(const uint4*)(shared + Layout::row_tile + at);
-        const u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
-        float sum = 0.0f;
-#pragma unroll
-        for (int e = 0; e < 4; e++) sum += low_float(xs[e]) * low_float(ys[e]) + high_float(xs[e]) * high_float(ys[e]);
-#pragma unroll
-        for (int other = 1; other < D / 8; other *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-        if (threadIdx.x % (D / 8) == 0) {
-            deltas[i] = sum;
-            if (i < p.n_padded) delta[p.at(i, T, G)] = i < p.n_rows ? sum : 0.0f;
-        }
-    });
     __syncthreads();
 
     const int limit0 = last_slot(p, keys, row), limit1 = last_slot(p, keys, row + 8);
     const int first_masked = (last_slot(p, keys, 0) + 1) / KEYS;
     const float scale = LOG2E * rsqrtf((float)D);
-    const float delta0 = deltas[row], delta1 = deltas[row + 8];
     float out[D / 8][4] = {};
 
     Logits s, ds;
@@ -305,10 +341,10 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
         copies_wait<0>();
         __syncthreads();
         to_fragments<KEYS>(factors, s);
-        fetch(step + 1);
         start(step);
         product_with_tile<KEYS, D>(out, factors, k_tile(step - 1));
         products_commit();
+        fetch(step + 1);
         products_wait<1>();
         logit_gradients(step);
     }
