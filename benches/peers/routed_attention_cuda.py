@@ -13,7 +13,7 @@ KERNELS = pathlib.Path(__file__).resolve().parents[2] / "crates/sluice-kernels/s
 TILE = KERNELS / "attention_tile/tile.cuh"
 SOURCES = {
     "routing": [KERNELS / "top_k_routing/k_best.cuh", KERNELS / "top_k_routing/top_k_routing.cu"],
-    "attention": [TILE, KERNELS / "routed_attention/routed_attention.cu"],
+    "attention": [TILE, KERNELS / "routed_attention/routed_attention.cu", KERNELS / "routed_attention/query_gradient.cu"],
     "keys": [TILE, KERNELS / "routed_attention/key_gradients.cu"],
 }
 ARCH = "sm_90a"  # Or compute_80, for the path of older cards.
@@ -208,7 +208,7 @@ class Routed:
         warpgroups = 1 if self.d == 64 else 2
         grid = (self.n_blocks * ceil(self.every * self.group, warpgroups * 64), self.g, self.b)
         row_tile, key_tile = warpgroups * 64 * self.d * 2, 64 * self.d * 2
-        shared = row_tile + 4 * key_tile if pass_ == "fwd" else 2 * row_tile + 5 * key_tile + warpgroups * 256
+        shared = row_tile + 4 * key_tile if pass_ == "fwd" else 2 * row_tile + 5 * key_tile
         return function("attention", "routed_attention_" + pass_, HEAD_DIM=self.d), grid, warpgroups * 128, shared + 8 * self.n_places
 
     def keys(self, name):

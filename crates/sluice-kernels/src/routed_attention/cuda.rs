@@ -1,4 +1,4 @@
-//! Launches of `routed_attention.cu` and `key_gradients.cu`. Factors of products are bf16, sums and softmax f32.
+//! Launches of `routed_attention.cu`, `query_gradient.cu` and `key_gradients.cu`. Factors of products are bf16, sums and softmax f32.
 
 use std::sync::Arc;
 
@@ -11,10 +11,10 @@ use crate::launch::{act, act_mut, launch, optional, output};
 use crate::top_k_routing::Budget;
 
 macro_rules! source {
-    ($name:literal, $file:literal, $head_dim:literal) => {
+    ($name:literal, $head_dim:literal, $($file:literal),+) => {
         KernelSource {
             name: concat!($name, "_", $head_dim),
-            code: concat!("#define HEAD_DIM ", $head_dim, "\n", include_str!("../attention_tile/tile.cuh"), "\n", include_str!($file)),
+            code: concat!("#define HEAD_DIM ", $head_dim, "\n", include_str!("../attention_tile/tile.cuh") $(, "\n", include_str!($file))+),
         }
     };
 }
@@ -29,15 +29,15 @@ struct Width {
 }
 
 const WIDTH_64: Width = Width {
-    attention: source!("routed_attention", "routed_attention.cu", 64),
-    keys: source!("key_gradients", "key_gradients.cu", 64),
+    attention: source!("routed_attention", 64, "routed_attention.cu", "query_gradient.cu"),
+    keys: source!("key_gradients", 64, "key_gradients.cu"),
     rows: 64,
     head_dim: 64,
 };
 
 const WIDTH_128: Width = Width {
-    attention: source!("routed_attention", "routed_attention.cu", 128),
-    keys: source!("key_gradients", "key_gradients.cu", 128),
+    attention: source!("routed_attention", 128, "routed_attention.cu", "query_gradient.cu"),
+    keys: source!("key_gradients", 128, "key_gradients.cu"),
     rows: 128,
     head_dim: 128,
 };
@@ -124,8 +124,7 @@ impl<'a> Call<'a> {
         let (width, r) = (self.width, self.routing);
         let Dims { b, g, .. } = *self.dims;
         let grid = [r.n_blocks * (r.route_every * self.dims.group()).div_ceil(width.rows), g, b];
-        let sums = if row_tiles > 1 { width.rows * 4 } else { 0 };
-        let shared = row_tiles * width.tile(width.rows) + key_tiles * width.tile(KEYS) + sums + 8 * r.n_routed;
+        let shared = row_tiles * width.tile(width.rows) + key_tiles * width.tile(KEYS) + 8 * r.n_routed;
         let int = Self::int;
         let sizes = [self.dims.t, g, r.n_blocks, r.n_routed, r.window, r.route_every].map(int);
         let args: Vec<Arg> = args.iter().copied().chain(sizes).chain([self.inverse_temperature.into()]).chain(self.division()).collect();

@@ -201,6 +201,7 @@ __device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, c
         products_commit();
         product_of_tiles<D, KEYS, ROWS>(ds, v_tile, 0, dout_tile);
         products_commit();
+        // Asking for copies takes as long as a product, so it stands behind one.
         if (step + 1 < steps) fetch(step + 1);
         copies_commit();
         products_wait<1>();
