@@ -8,6 +8,7 @@ use sluice_spec::ModelConfig;
 use sluice_tensor::cuda::{Gpu, Libraries, Options, Precision, list};
 use sluice_tensor::{DType, Device};
 
+use crate::commands::devices::cpu_name;
 use crate::progress;
 
 /// Where to compute: the options that commands with a GPU path share.
@@ -62,6 +63,11 @@ impl MemoryArgs {
         // The rest is for what no count knows: kernels' code, workspaces, gaps between blocks.
         Ok(Some((held.total - held.others) as u64 / 10 * 9))
     }
+}
+
+/// Name of a device and of the format of its products' factors, for reports.
+pub(crate) fn name_and_precision(device: &Device) -> (String, &'static str) {
+    device.gpu().map_or_else(|| (cpu_name(), "f32"), |gpu| (gpu.name().to_string(), gpu.precision().name()))
 }
 
 /// Say before anything is computed what the routed attention of a GPU does not serve.

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
-use crate::device::DeviceArgs;
+use crate::device::{DeviceArgs, name_and_precision};
 use crate::models;
 use crate::progress;
 use crate::sentences::{SentenceEncoder, cosine};
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         eprintln!("{} of {} sentences were longer than the model takes, and cut", embedded.n_cut, sentences.len());
     }
     if args.json {
-        let precision = device.gpu().map_or("f32", |gpu| gpu.precision().name());
+        let (_, precision) = name_and_precision(&device);
         println!(
             "{}",
             json!({"model": args.model, "width": encoder.width(), "precision": precision, "device": format!("{device:?}"), "sentences": sentences.len(),

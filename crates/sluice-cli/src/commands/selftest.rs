@@ -6,9 +6,8 @@ use sluice_kernels::selftest::{self, Only, Outcome};
 use sluice_tensor::Device;
 use sluice_tensor::cuda::{CudaError, Gpu};
 
-use super::devices::cpu_name;
 use super::host_waits;
-use crate::device::DeviceArgs;
+use crate::device::{DeviceArgs, name_and_precision};
 
 /// Arguments of `sluice selftest`.
 #[derive(clap::Args)]
@@ -54,10 +53,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         ensure!(!outcomes.is_empty(), "no case has {text:?} in its name; --all lists them");
     }
     let failed: Vec<&Outcome> = outcomes.iter().filter(|o| !o.passes()).collect();
-    let (name, precision) = match &device {
-        Device::Cpu => (cpu_name(), "f32"),
-        Device::Cuda(gpu) => (gpu.name().to_string(), gpu.precision().name()),
-    };
+    let (name, precision) = name_and_precision(&device);
     if args.json {
         let row = |o: &Outcome| json!({"op": o.op, "case": o.case, "output": o.output, "error": o.error, "allowed": o.allowed, "passes": o.passes()});
         let rows: Vec<_> = outcomes.iter().map(row).collect();

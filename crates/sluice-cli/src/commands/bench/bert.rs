@@ -12,8 +12,7 @@ use sluice_tensor::cuda::Precision;
 use sluice_tensor::{DType, Device, Tensor, memory};
 use sluice_train::hash::mix;
 
-use crate::commands::devices::cpu_name;
-use crate::device::DeviceArgs;
+use crate::device::{DeviceArgs, name_and_precision};
 use crate::progress::bytes;
 
 /// Arguments of `sluice bench bert`.
@@ -88,10 +87,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let samples = args.batch as f64 / median;
     // Routed attention has less of it.
     let flops = (!args.routed).then(|| config.forward_flops(args.batch, args.sequence) / median);
-    let (name, precision) = match device.gpu() {
-        Some(gpu) => (gpu.name().to_string(), gpu.precision().name()),
-        None => (cpu_name(), "f32"),
-    };
+    let (name, precision) = name_and_precision(&device);
     if args.json {
         println!(
             "{}",

@@ -10,7 +10,7 @@ use sluice_tensor::{DType, memory};
 
 use super::train_config::{Setup, TokenFile};
 use crate::commands::devices::cpu_name;
-use crate::device::{DeviceArgs, require_routable};
+use crate::device::{DeviceArgs, name_and_precision, require_routable};
 use crate::progress::bytes;
 
 /// Arguments of `sluice bench train-step`.
@@ -107,10 +107,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let n_params: usize = trainer.model.params().iter().map(|param| param.value.len()).sum();
     let median = tokens / median(&seconds);
     let host_waits: Vec<u64> = reports[WARM_UP..].iter().map(|report| report.host_waits).collect();
-    let (name, precision) = match device.gpu() {
-        Some(gpu) => (gpu.name().to_string(), gpu.precision().name()),
-        None => (cpu_name(), "f32"),
-    };
+    let (name, precision) = name_and_precision(&device);
     if args.json {
         println!(
             "{}",
