@@ -254,8 +254,17 @@ fn order(a: (f32, u32), b: (f32, u32)) -> Ordering {
     a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))
 }
 
+/// The least by [`order`] of some slots. Their scores are no NaN and no -0, so that the least score can be found in lanes first.
 fn worst_of(scores: &[f32], positions: &[u32]) -> usize {
-    (0..scores.len()).min_by(|&a, &b| order((scores[a], positions[a]), (scores[b], positions[b]))).expect("there are slots")
+    let (blocks, rest) = scores.as_chunks::<16>();
+    let mut lanes = [f32::INFINITY; 16];
+    for block in blocks {
+        for (lane, &score) in lanes.iter_mut().zip(block) {
+            *lane = if score < *lane { score } else { *lane };
+        }
+    }
+    let least = lanes.iter().chain(rest).fold(f32::INFINITY, |least, &score| least.min(score));
+    (0..scores.len()).filter(|&slot| scores[slot] == least).min_by_key(|&slot| positions[slot]).expect("there are slots")
 }
 
 /// Keys and values of one head.
