@@ -192,15 +192,21 @@ impl Loop<'_> {
             if pass.decoding > 0 {
                 self.metrics.batch.observe(pass.decoding as f64);
             }
+            // Before anyone hears of an end, so that who has heard of it sees its slot free; and after, since a stop string ends answers too.
+            self.report_load();
             for event in events.drain(..) {
                 self.tell(event);
             }
-            let load = self.scheduler.load();
-            self.metrics.queued.set(load.queued as i64);
-            self.metrics.slots.set(load.slots as i64);
-            self.metrics.cache_bytes.set(load.cache_bytes as i64);
-            self.metrics.prefixes.set(load.prefixes as i64);
+            self.report_load();
         }
+    }
+
+    fn report_load(&self) {
+        let load = self.scheduler.load();
+        self.metrics.queued.set(load.queued as i64);
+        self.metrics.slots.set(load.slots as i64);
+        self.metrics.cache_bytes.set(load.cache_bytes as i64);
+        self.metrics.prefixes.set(load.prefixes as i64);
     }
 
     fn obey(&mut self, command: Command) {
