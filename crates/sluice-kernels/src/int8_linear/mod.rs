@@ -170,7 +170,10 @@ impl InstructionSet {
 
     /// What its inner loop wants of the activations.
     pub fn form(self) -> Form {
-        if self == Self::Avx2 { Form::Pairs } else { Form::Halves }
+        match self {
+            Self::Avx512Vnni | Self::Avx2 => Form::Pairs,
+            Self::AvxVnni | Self::Plain => Form::Halves,
+        }
     }
 
     /// Whether this machine has it.
@@ -247,6 +250,12 @@ impl Task<'_> {
     }
 }
 
+/// Pieces of the outputs for each thread, where they are split by outputs: whoever is disturbed does fewer.
+const PIECES: usize = 2;
+
+/// Tiles that an inner loop is given together there.
+const TILES_AT_ONCE: usize = 4;
+
 /// Up to so many tokens all go through one piece of the outputs: their activations still fit beside its weights in a core's cache.
 const FEW_TOKENS: usize = 32;
 
@@ -311,26 +320,23 @@ pub fn linear(
     if n_tokens == 0 {
         return;
     }
-    if n_tokens == 1 {
-        // Four pieces a thread: whoever is disturbed does fewer.
-        let tiles = layout.n_tiles().div_ceil(4 * team.n_threads()).max(1);
-        team.for_each_chunk(y, tiles * TILE_ROWS, |i, y| {
-            let tiles = i * tiles..((i + 1) * tiles).min(layout.n_tiles());
-            Task { weights, tiles, tokens: x.rows(0..1), n_tokens: 1, bias, ld: 0 }.run(instructions, y);
-        });
-    } else if n_tokens <= FEW_TOKENS {
-        // As above, but a piece of outputs is a column of `y`: a tile at a time goes through a buffer.
-        let tiles = layout.n_tiles().div_ceil(4 * team.n_threads()).max(1);
+    if n_tokens <= FEW_TOKENS {
+        // Pieces that follow each other belong to one thread for as long as the threads take turns, so what it has fetched ahead is what it needs next.
+        let threads = team.n_threads();
+        let piece = layout.n_tiles().div_ceil(PIECES * threads);
+        let per_thread = layout.n_tiles().div_ceil(piece * threads);
         let (tokens, columns) = (x.rows(0..n_tokens), Columns::new(y, layout.rows));
-        team.run(layout.n_tiles().div_ceil(tiles), |i| {
-            for tile in i * tiles..((i + 1) * tiles).min(layout.n_tiles()) {
-                let mut part = [0.0; FEW_TOKENS * TILE_ROWS];
-                let task = Task { weights, tiles: tile..tile + 1, tokens, n_tokens, bias, ld: TILE_ROWS };
-                task.run(instructions, &mut part);
-                let n = task.tile_rows(tile);
-                for (token, part) in part.chunks_exact(TILE_ROWS).take(n_tokens).enumerate() {
+        team.run(per_thread * threads, |job| {
+            let first = (job % threads * per_thread + job / threads) * piece;
+            let end = (first + piece).min(layout.n_tiles());
+            let mut part = [0.0; FEW_TOKENS * TILES_AT_ONCE * TILE_ROWS];
+            for first in (first..end).step_by(TILES_AT_ONCE) {
+                let tiles = first..end.min(first + TILES_AT_ONCE);
+                let width = (tiles.len() * TILE_ROWS).min(layout.rows - first * TILE_ROWS);
+                Task { weights, tiles, tokens, n_tokens, bias, ld: width }.run(instructions, &mut part);
+                for (token, part) in part.chunks_exact(width).take(n_tokens).enumerate() {
                     // SAFETY: each tile belongs to one job, so nobody else writes these outputs.
-                    unsafe { columns.write(token, tile * TILE_ROWS, &part[..n]) };
+                    unsafe { columns.write(token, first * TILE_ROWS, part) };
                 }
             }
         });
