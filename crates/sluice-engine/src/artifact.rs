@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use memmap2::MmapMut;
 use sha2::{Digest, Sha256};
 use sluice_kernels::int8_linear::{self, Layout, PackError, PackedMatrix};
 use sluice_spec::artifact::{
@@ -118,7 +119,7 @@ impl Artifact {
                 return Err(ArtifactError::unexpected(&weights_path, found, expected));
             }
         }
-        let mut weights = AlignedBytes::zeros(weights_len as usize);
+        let mut weights = AlignedBytes::zeros(weights_len as usize).map_err(ArtifactError::io("make room for", &weights_path))?;
         let mut file = File::open(&weights_path).map_err(ArtifactError::io("open", &weights_path))?;
         file.read_exact(weights.bytes_mut()).map_err(ArtifactError::io("read", &weights_path))?;
         let tokenizer_path = folder.join(TOKENIZER_FILE);
@@ -178,12 +179,12 @@ impl Artifact {
 
     /// Bytes of the weights.
     pub fn weight_bytes(&self) -> usize {
-        self.weights.len
+        self.weights.bytes().len()
     }
 
     /// All weights as words.
     pub(crate) fn weight_words(&self) -> &[u64] {
-        bytemuck::cast_slice(&self.weights.lines)
+        bytemuck::cast_slice(&self.weights.bytes()[..self.weight_bytes() / 8 * 8])
     }
 
     /// Where an int8 tensor lies; its presence and size were checked.
@@ -343,7 +344,7 @@ impl ArtifactBuilder {
             provenance,
             quality: None,
         };
-        Self { manifest, tokenizer, weights: AlignedBytes::zeros(offset), missing }
+        Self { manifest, tokenizer, weights: AlignedBytes::zeros(offset).expect("room for the weights"), missing }
     }
 
     /// Add a tensor: its numbers in f32, row-major. Int8 tensors are rounded here.
@@ -392,26 +393,24 @@ impl ArtifactBuilder {
     }
 }
 
-/// Bytes that begin at a cache line, which is where vectors want to begin.
-struct AlignedBytes {
-    lines: Vec<Line>,
-    len: usize,
-}
-
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; ALIGNMENT]);
+/// Bytes in memory of their own, which begins at a page: vectors want to begin at a cache line.
+struct AlignedBytes(MmapMut);
 
 impl AlignedBytes {
-    fn zeros(len: usize) -> Self {
-        Self { lines: vec![Line([0; ALIGNMENT]); len.div_ceil(ALIGNMENT)], len }
+    fn zeros(len: usize) -> io::Result<Self> {
+        let bytes = MmapMut::map_anon(len)?;
+        // A token reads all weights: with pages of 4 KiB looking up addresses costs as much as a good part of the reading. A system that has no large
+        // pages does without.
+        #[cfg(target_os = "linux")]
+        let _ = bytes.advise(memmap2::Advice::HugePage);
+        Ok(Self(bytes))
     }
 
     fn bytes(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        &self.0
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        &mut self.0
     }
 }
