@@ -299,7 +299,7 @@ def time_shape(shape, t, rates, peer=True, w=128, k=256, r=64):
 
     row["both"] = milliseconds(both)
     row["parts"] = kernel_times(both)
-    row["entries"] = int(x.n_union.sum())
+    row["entries"] = int(x.n_keys.sum())
     row["finite"] = all(bool(torch.isfinite(y).all()) for y in (x.o, x.dq, x.dk, x.dv))
     row["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
     low = floor(shape, t, w, k, r, rates)

@@ -13,8 +13,9 @@ KERNELS = pathlib.Path(__file__).resolve().parents[2] / "crates/sluice-kernels/s
 TILE = KERNELS / "attention_tile/tile.cuh"
 SOURCES = {
     "routing": [KERNELS / "top_k_routing/k_best.cuh", KERNELS / "top_k_routing/top_k_routing.cu"],
-    "attention": [TILE, KERNELS / "routed_attention/routed_attention.cu", KERNELS / "routed_attention/query_gradient.cu"],
-    "keys": [TILE, KERNELS / "routed_attention/key_gradients.cu"],
+    "attention": [TILE, KERNELS / "routed_attention/routed_attention.cu", KERNELS / "routed_attention/query_gradient.cu",
+                  KERNELS / "routed_attention/query_gradient_sm90.cu"],
+    "keys": [TILE, KERNELS / "routed_attention/routed_keys.cu", KERNELS / "routed_attention/key_gradients.cu"],
 }
 ARCH = "sm_90a"  # Or compute_80, for the path of older cards.
 LOADED = {}
@@ -166,13 +167,14 @@ class Routed:
         if span is None:
             # Long superblocks leave fewer partial sums, short ones more to do side by side; the table of keys must fit.
             span = 32
-            while span > 1 and (span * self.n_places > 4096 and span > 8 or span * self.n_places > 8192 or ceil(self.n_blocks, span) * pairs < (48 if span * self.every <= 512 else 200)):
+            while span > 1 and (span * self.n_places > 4096 and span > 8 or span * self.n_places > 8192 or ceil(self.n_blocks, span) * pairs < (48 if span * self.every <= 512 else 128)):
                 span //= 2
         self.span, self.n_super = span, ceil(self.n_blocks, span)
         self.capacity = max(1, min(self.n_blocks * self.n_places, t + self.n_super * self.n_places))
-        per = span * self.n_places
-        self.union_rows, self.union_blocks = i32(pairs, self.n_super, per), i32(pairs, self.n_super, per)
-        self.n_union = i32(pairs, self.n_super)
+        # Blocks between which steps of 64 rows begin: there a key may take the place of another.
+        self.unit = 64 // math.gcd(64, self.every * self.group)
+        self.routed_keys = i32(pairs, self.n_super, span * self.n_places, 4)
+        self.n_keys, self.n_open = i32(pairs, self.n_super), i32(pairs, self.n_super)
         self.first_entry, self.first_tile = i32(pairs, self.n_super + 1), i32(pairs, self.n_super + 1)
         self.readers = torch.zeros((pairs, t), dtype=torch.int32, device=dev)
         self.first_reader, self.next_reader, self.n_listed = i32(pairs, t), i32(pairs, t), i32(pairs)
@@ -219,6 +221,12 @@ class Routed:
                self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature, *self.division)
 
     def bwd_dq(self, dout, q, k, v, scores):
+        if self.d == 128 and ARCH == "sm_90a":
+            n_tiles = self.n_blocks * ceil(self.every * self.group, 128) * self.g * self.b
+            launch(function("attention", "routed_attention_dq_sm90", HEAD_DIM=128), (min(132, n_tiles),), 384, (4 * 128 + 6 * 64) * 256 + 2904, dout, q, k, v, self.o,
+                   self.lse, scores if self.biased else None, self.indices, self.tau, self.lens, self.dq, self.delta, self.t, self.g, self.n_blocks, self.n_places,
+                   self.window, self.every, self.inverse_temperature, *self.division, n_tiles)
+            return
         launch(*self.attention("dq"), dout, q, k, v, self.o, self.lse, scores if self.biased else None, self.indices, self.tau, self.lens, self.dq, self.delta,
                self.t, self.g, self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature, *self.division)
 
@@ -229,25 +237,28 @@ class Routed:
         slots = 256
         while slots < 2 * self.span * self.n_places:
             slots *= 2
-        launch(self.keys("superblock_keys"), grid, 256, slots * 8, self.indices, self.lens, self.union_rows, self.union_blocks, self.n_union, self.readers,
-               self.n_listed, self.t, self.g, self.n_blocks, self.n_places, self.every, self.span, slots)
-        launch(self.keys("place_entries"), (ceil(self.t, 4096), pairs), 1024, 0, self.n_union, self.readers, self.first_entry, self.first_tile,
+        launch(self.keys("superblock_keys"), grid, 256, slots * 8 + 4 * self.span * self.n_places, self.indices, self.lens, self.routed_keys, self.n_keys, self.n_open,
+               self.readers, self.n_listed, self.t, self.g, self.n_blocks, self.n_places, self.every, self.span, self.unit, slots)
+        launch(self.keys("place_entries"), (ceil(self.t, 4096), pairs), 1024, 0, self.n_keys, self.n_open, self.readers, self.first_entry, self.first_tile,
                self.first_reader, self.next_reader, self.n_listed, self.t, self.n_super, self.capacity)
-        launch(self.keys("list_entries"), grid, 256, 0, self.union_rows, self.n_union, self.first_entry, self.next_reader, self.entries, self.t, self.g,
+        launch(self.keys("list_entries"), grid, 256, 0, self.routed_keys, self.n_keys, self.first_entry, self.next_reader, self.entries, self.t, self.g,
                self.n_places, self.span, self.capacity)
 
     def key_shared(self):
         return 6 * 64 * self.d * 2 + 2 * 4 * 64 * 4
 
+    def routed_shared(self):
+        return self.key_shared() + 64 * (16 + 8)
+
     def bwd_routed(self, dout, q, k, v, scores):
         if self.n_places == 0:
             return
         pairs = self.b * self.g
-        tiles = min(ceil(self.capacity, 64) + self.n_super, max(1, ceil(132 * 4, pairs)))
+        tiles = self.n_super * ceil(self.n_places, 64)
         scores = scores if self.biased else None
-        launch(self.keys("dkv_routed"), (tiles, pairs), 128, self.key_shared(), dout, q, k, v, self.lse, self.delta, scores, self.tau, self.lens, self.union_rows,
-               self.union_blocks, self.n_union, self.first_entry, self.first_tile, self.sums, self.score_sums, self.t, self.g, self.n_blocks, self.n_places,
-               self.every, self.inverse_temperature, self.span, self.n_super, self.capacity, *self.division)
+        launch(self.keys("dkv_routed"), (tiles, pairs), 128, self.routed_shared(), dout, q, k, v, self.lse, self.delta, scores, self.tau, self.lens, self.routed_keys,
+               self.n_open, self.first_entry, self.first_tile, self.sums, self.score_sums, self.t, self.g, self.n_blocks, self.n_places,
+               self.every, self.inverse_temperature, self.span, self.unit, self.n_super, self.capacity, *self.division)
         launch(self.keys("sum_entries"), (ceil(self.t, 16), self.g, self.b), 256, 0, self.readers, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
                self.dscores, self.t, self.g, self.capacity)
 

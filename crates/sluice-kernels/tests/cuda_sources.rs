@@ -31,11 +31,9 @@ fn collect(folder: &Path, sources: &mut Vec<KernelSource>) {
             let leak = |text: String| -> &'static str { Box::leak(text.into_boxed_str()) };
             let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
             let code = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-            if code.contains("Follows attention_tile/tile.cuh") {
-                let tile = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/attention_tile/tile.cuh");
-                let tile = std::fs::read_to_string(&tile).unwrap_or_else(|e| panic!("{}: {e}", tile.display()));
+            if let Some(whole) = after_tile(&path) {
                 for head_dim in [64, 128] {
-                    let whole = format!("#define HEAD_DIM {head_dim}\n{tile}\n{code}");
+                    let whole = format!("#define HEAD_DIM {head_dim}\n{whole}");
                     sources.push(KernelSource { name: leak(format!("{name}_{head_dim}")), code: leak(whole) });
                 }
             } else if code.contains("k_best.cuh, which this follows") {
@@ -57,4 +55,18 @@ fn collect(folder: &Path, sources: &mut Vec<KernelSource>) {
             }
         }
     }
+}
+
+/// A source behind what its first lines say that it follows, if that begins with `attention_tile/tile.cuh`.
+fn after_tile(path: &Path) -> Option<String> {
+    let code = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let (_, rest) = code.split_once("Follows ")?;
+    let name = rest.split([' ', ',', ';', '\n']).next()?.trim_end_matches('.');
+    let before = if name == "attention_tile/tile.cuh" {
+        let tile = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(name);
+        std::fs::read_to_string(&tile).unwrap_or_else(|e| panic!("{}: {e}", tile.display()))
+    } else {
+        after_tile(&path.with_file_name(name))?
+    };
+    Some(format!("{before}\n{code}"))
 }

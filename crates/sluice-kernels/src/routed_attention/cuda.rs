@@ -1,4 +1,4 @@
-//! Launches of `routed_attention.cu`, `query_gradient.cu` and `key_gradients.cu`. Factors of products are bf16, sums and softmax f32.
+//! Launches of the sources beside this file. Factors of products are bf16, sums and softmax f32.
 
 use std::sync::Arc;
 
@@ -30,14 +30,14 @@ struct Width {
 
 const WIDTH_64: Width = Width {
     attention: source!("routed_attention", 64, "routed_attention.cu", "query_gradient.cu"),
-    keys: source!("key_gradients", 64, "key_gradients.cu"),
+    keys: source!("key_gradients", 64, "routed_keys.cu", "key_gradients.cu"),
     rows: 64,
     head_dim: 64,
 };
 
 const WIDTH_128: Width = Width {
-    attention: source!("routed_attention", 128, "routed_attention.cu", "query_gradient.cu"),
-    keys: source!("key_gradients", 128, "key_gradients.cu"),
+    attention: source!("routed_attention", 128, "routed_attention.cu", "query_gradient.cu", "query_gradient_sm90.cu"),
+    keys: source!("key_gradients", 128, "routed_keys.cu", "key_gradients.cu"),
     rows: 128,
     head_dim: 128,
 };
@@ -63,7 +63,7 @@ impl Width {
     }
 }
 
-/// Keys of a step, and of a tile in `key_gradients.cu`.
+/// Keys of a step, places of a tile in `routed_keys.cu`, and rows of a step in `key_gradients.cu`.
 const KEYS: usize = 64;
 
 /// One call: sizes, routing, bias and what all kernels want to know of them.
@@ -123,13 +123,35 @@ impl<'a> Call<'a> {
     fn by_rows(&self, name: &str, row_tiles: usize, key_tiles: usize, args: &[Arg]) {
         let (width, r) = (self.width, self.routing);
         let Dims { b, g, .. } = *self.dims;
-        let grid = [r.n_blocks * (r.route_every * self.dims.group()).div_ceil(width.rows), g, b];
+        let grid = [self.tiles_of_rows(), g, b];
         let shared = row_tiles * width.tile(width.rows) + key_tiles * width.tile(KEYS) + 8 * r.n_routed;
-        let int = Self::int;
-        let sizes = [self.dims.t, g, r.n_blocks, r.n_routed, r.window, r.route_every].map(int);
-        let args: Vec<Arg> = args.iter().copied().chain(sizes).chain([self.inverse_temperature.into()]).chain(self.division()).collect();
+        let args: Vec<Arg> = args.iter().copied().chain(self.sizes()).collect();
         // SAFETY: shapes were checked by the caller; the routing's rows are positions below its lengths.
         unsafe { launch(self.gpu, &width.attention, name, grid, width.threads(), shared as u32, &args) };
+    }
+
+    /// `routed_attention_dq_sm90`: a block of threads stays on every multiprocessor.
+    fn dq_sm90(&self, args: &[Arg]) {
+        let (width, Dims { b, g, .. }) = (self.width, *self.dims);
+        let n_tiles = self.tiles_of_rows() * g * b;
+        let grid = [n_tiles.min(self.gpu.info().multiprocessors as usize), 1, 1];
+        // Two tiles of q and of dout, three of keys and of values, and `Shared`.
+        let shared = 4 * width.tile(width.rows) + 6 * width.tile(KEYS) + 2904;
+        let args: Vec<Arg> = args.iter().copied().chain(self.sizes()).chain([Self::int(n_tiles)]).collect();
+        // SAFETY: as above.
+        unsafe { launch(self.gpu, &width.attention, "routed_attention_dq_sm90", grid, 128 + width.threads(), shared as u32, &args) };
+    }
+
+    /// Tiles of rows of a KV head.
+    fn tiles_of_rows(&self) -> usize {
+        self.routing.n_blocks * (self.routing.route_every * self.dims.group()).div_ceil(self.width.rows)
+    }
+
+    /// The numbers at the end of a kernel with tiles of rows.
+    fn sizes(&self) -> impl Iterator<Item = Arg> {
+        let r = self.routing;
+        let sizes = [self.dims.t, self.dims.g, r.n_blocks, r.n_routed, r.window, r.route_every].map(Self::int);
+        sizes.into_iter().chain([self.inverse_temperature.into()]).chain(self.division())
     }
 
     fn keys(&self, name: &str, grid: [usize; 3], threads: u32, shared: usize, args: &[Arg]) {
@@ -192,7 +214,11 @@ pub(super) fn bwd(gpu: &Arc<Gpu>, dims: &Dims, inputs: [&Tensor; 6], bias: Optio
         act_mut(&mut dq),
         (&mut delta).into(),
     ];
-    call.by_rows("routed_attention_dq", 2, 5, &args);
+    if dims.d == 128 && gpu.arch() == "sm_90a" {
+        call.dq_sm90(&args);
+    } else {
+        call.by_rows("routed_attention_dq", 2, 5, &args);
+    }
     let rows: [Arg; 6] = [act(&dout), act(&q), act(&k), act(&v), lse.into(), (&delta).into()];
     let entries = (routing.n_routed > 0).then(|| routed(&call, &rows));
     let dscores = bias.map(|_| match &entries {
@@ -236,8 +262,10 @@ fn routed(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
     let Superblocks { span, n, capacity } = Superblocks::new(t, n_blocks, n_routed, route_every, pairs, call.routing.never_returns);
     let slots = (2 * span * n_routed).next_power_of_two().max(256);
 
-    let [union_rows, union_blocks] = [0; 2].map(|_| call.ints(pairs * n * span * n_routed));
-    let [n_union, n_listed] = [pairs * n, pairs].map(|n| call.ints(n));
+    // Blocks between which steps begin: there a key can take the place of another.
+    let unit = KEYS / greatest_common_divisor(KEYS, route_every * call.dims.group());
+    let routed_keys = call.ints(pairs * n * span * n_routed * 4);
+    let [n_keys, n_open, n_listed] = [pairs * n, pairs * n, pairs].map(|n| call.ints(n));
     let [first_entry, first_tile] = [0; 2].map(|_| call.ints(pairs * (n + 1)));
     let [readers, first_reader, next_reader] = [0; 3].map(|_| call.ints(pairs * t));
     let [entries, sorted, score_sums] = [0; 3].map(|_| call.ints(pairs * capacity));
@@ -246,27 +274,28 @@ fn routed(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
 
     let (grid, lens) = ([n, g, b], Arg::from(&call.routing.lens_there));
     let mut args: Vec<Arg> = vec![(&call.routing.indices).into(), lens];
-    args.extend([&union_rows, &union_blocks, &n_union, &readers, &n_listed].map(Arg::from));
-    args.extend([t, g, n_blocks, n_routed, route_every, span, slots].map(int));
-    call.keys("superblock_keys", grid, 256, slots * 8, &args);
+    args.extend([&routed_keys, &n_keys, &n_open, &readers, &n_listed].map(Arg::from));
+    args.extend([t, g, n_blocks, n_routed, route_every, span, unit, slots].map(int));
+    call.keys("superblock_keys", grid, 256, slots * 8 + span * n_routed * 4, &args);
 
-    let mut args: Vec<Arg> = [&n_union, &readers, &first_entry, &first_tile, &first_reader, &next_reader, &n_listed].map(Arg::from).into();
+    let mut args: Vec<Arg> =
+        [&n_keys, &n_open, &readers, &first_entry, &first_tile, &first_reader, &next_reader, &n_listed].map(Arg::from).into();
     args.extend([t, n, capacity].map(int));
     call.keys("place_entries", [t.div_ceil(4096), pairs, 1], 1024, 0, &args);
 
-    let mut args: Vec<Arg> = [&union_rows, &n_union, &first_entry, &next_reader, &entries].map(Arg::from).into();
+    let mut args: Vec<Arg> = [&routed_keys, &n_keys, &first_entry, &next_reader, &entries].map(Arg::from).into();
     args.extend([t, g, n_routed, span, capacity].map(int));
     call.keys("list_entries", grid, 256, 0, &args);
 
     let mut args: Vec<Arg> = rows.to_vec();
     args.extend([optional(call.scores), (&call.routing.tau).into(), lens]);
-    args.extend([&union_rows, &union_blocks, &n_union, &first_entry, &first_tile, &sums, &score_sums].map(Arg::from));
+    args.extend([&routed_keys, &n_open, &first_entry, &first_tile, &sums, &score_sums].map(Arg::from));
     args.extend([t, g, n_blocks, n_routed, route_every].map(int));
     args.push(call.inverse_temperature.into());
-    args.extend([span, n, capacity].map(int));
+    args.extend([span, unit, n, capacity].map(int));
     args.extend(call.division());
-    let blocks = (4 * call.gpu.info().multiprocessors as usize).div_ceil(pairs).min(capacity.div_ceil(KEYS) + n);
-    call.keys("dkv_routed", [blocks, pairs, 1], 128, call.key_shared(), &args);
+    // A block of threads for every tile, unless more places are open than a block has keys; what is known of places, 24 bytes each.
+    call.keys("dkv_routed", [n * n_routed.div_ceil(KEYS), pairs, 1], 128, call.key_shared() + KEYS * 24, &args);
 
     let mut dscores = call.scores.map(|scores| output(call.gpu, scores.shape()));
     let mut args: Vec<Arg> = [&readers, &first_reader, &entries, &sorted, &sums, &score_sums].map(Arg::from).into();
@@ -300,7 +329,7 @@ impl Superblocks {
 pub(super) fn scratch_bytes([b, t, g, d]: [usize; 4], budget: &Budget) -> usize {
     let n_routed = budget.n_routed(t);
     let Superblocks { span, n, capacity } = Superblocks::new(t, budget.n_blocks(t), n_routed, budget.route_every, b * g, true);
-    4 * b * g * (capacity * (2 * d + 3) + 2 * n * span * n_routed + 3 * t)
+    4 * b * g * (capacity * (2 * d + 3) + 4 * n * span * n_routed + 3 * t)
 }
 
 /// Blocks of a superblock: long ones leave fewer partial sums, short ones more to do side by side; a bit a block, and the
@@ -309,11 +338,15 @@ fn span(n_blocks: usize, n_routed: usize, route_every: usize, pairs: usize) -> u
     let mut span = 32;
     while span > 1 {
         let table = if span > 8 { 4096 } else { 8192 };
-        let enough = if span * route_every <= 512 { 48 } else { 200 };
+        let enough = if span * route_every <= 512 { 48 } else { 128 };
         if span * n_routed <= table && n_blocks.div_ceil(span) * pairs >= enough {
             break;
         }
         span /= 2;
     }
     span
+}
+
+fn greatest_common_divisor(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
 }

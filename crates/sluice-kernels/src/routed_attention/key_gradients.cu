@@ -1,147 +1,19 @@
 // Routed attention: the gradients of keys, values and scores, without atomics on floating-point numbers, so that they
-// come out the same every time. Follows attention_tile/tile.cuh.
+// come out the same every time. Follows routed_keys.cu.
 //
 // 64 keys stay in place and all queries that see them pass by, so that their gradients stay in registers. A key has
 // two kinds of viewers. Those in its window are consecutive: `dkv_local` visits them all and writes the result. Those
 // that read it as a routed key are anywhere: they are visited in superblocks of `span` blocks, whose union of routed
-// keys is hardly longer than one block's list because a routing changes slowly. Every superblock leaves one partial
-// sum a key (an entry), which `sum_entries` adds up in order before `dkv_local` adds the rest.
+// keys is hardly longer than one block's list because a routing changes slowly. A key that no later block of the
+// superblock reads gives its place to one that comes, so that there are no more places than a block has keys. Every
+// superblock leaves one partial sum a key (an entry), which `sum_entries` adds up in order before `dkv_local` adds the rest.
 //
-//   superblock_keys -> place_entries -> list_entries -> dkv_routed -> sum_entries -> dkv_local
-//
-// Buffers, for P = B * G pairs, n = ceil(n_blocks / span) superblocks, `capacity` entries a pair (for what a
-// top-k router chose, T + n * n_places always suffice, otherwise n_blocks * n_places):
-//   union_rows, union_blocks [P, n, span * n_places]; n_union [P, n]; first_entry, first_tile [P, n + 1];
-//   readers [P, T], zero before and after; first_reader (-1 for a key without any), next_reader [P, T]; n_listed [P];
-//   entries, sorted [P, capacity]; sums [P, capacity, 2 D]; score_sums [P, capacity].
+//   superblock_keys -> place_entries -> list_entries (routed_keys.cu) -> dkv_routed -> sum_entries -> dkv_local
 
-constexpr int KEYS = 64, ROWS = 64, THREADS = 128;
+constexpr int ROWS = 64, THREADS = 128;
 constexpr int TILE = 64 * D * 2;
 // Blocks of threads that must fit a multiprocessor: what the registers allow.
 constexpr int ROUTED_CTAS = 2, LOCAL_CTAS = D == 64 ? 3 : 2;
-
-// The routed keys of a superblock, each once and in any order, with a bit for every block that reads it. Grid [n, G, B],
-// 256 threads; dynamic shared memory: `n_slots` (a power of two, at least twice span * n_places) slots of 8 bytes.
-extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* indices, const int* lens, int* union_rows, u32* union_blocks, int* n_union, int* readers,
-                                                                  int* n_listed, int T, int G, int n_blocks, int n_places, int every, int span, int n_slots) {
-    // A hash table. What depends on the order of its slots is only where a key is computed, never what.
-    extern __shared__ int slot_row[];
-    u32* slot_blocks = (u32*)(slot_row + n_slots);
-    __shared__ int n;
-    const int superblock = blockIdx.x, g = blockIdx.y, b = blockIdx.z, lane = threadIdx.x % 32;
-    const long pair = (long)b * G + g, at = (pair * gridDim.x + superblock) * span * n_places;
-    for (int i = threadIdx.x; i < n_slots; i += 256) slot_row[i] = -1, slot_blocks[i] = 0;
-    if (threadIdx.x == 0) n = 0;
-    __syncthreads();
-    const int first = superblock * span, n_valid = min(min(span, n_blocks - first), (lens[b] + every - 1) / every - first);
-    const int* lists = indices + (((long)b * n_blocks + first) * G + g) * n_places;
-    for (int block = 0; block < n_valid; block++) {
-        for (int i = threadIdx.x; i < n_places; i += 256) {
-            const int row = lists[(long)block * G * n_places + i];
-            if (row < 0) continue;
-            u32 slot = (u32)row * 2654435761u & (n_slots - 1);
-            for (;;) {
-                const int found = atomicCAS(slot_row + slot, -1, row);
-                if (found == -1 || found == row) break;
-                slot = (slot + 1) & (n_slots - 1);
-            }
-            atomicOr(slot_blocks + slot, 1u << block);
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < n_slots; i += 256) {
-        const int row = slot_row[i];
-        const u32 vote = __ballot_sync(0xffffffffu, row >= 0);
-        int to = 0;
-        if (lane == 0 && vote) to = atomicAdd(&n, __popc(vote));
-        to = __shfl_sync(0xffffffffu, to, 0) + __popc(vote & ((1u << lane) - 1));
-        if (row >= 0) {
-            union_rows[at + to] = row;
-            union_blocks[at + to] = slot_blocks[i];
-            atomicAdd(readers + pair * T + row, 1);
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        n_union[pair * gridDim.x + superblock] = n;
-        if (superblock == 0) n_listed[pair] = 0;
-    }
-}
-
-// Sum of what the threads before this one hold, and of all, for 1024 threads.
-__device__ __forceinline__ int sum_before(int mine, int* of_warp, int& total) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const auto scan = [&](int x) {
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const int other = __shfl_up_sync(0xffffffffu, x, d);
-            if (lane >= d) x += other;
-        }
-        return x;
-    };
-    const int sum = scan(mine);
-    __syncthreads();
-    if (lane == 31) of_warp[warp] = sum;
-    __syncthreads();
-    const int warps = scan(of_warp[lane]);
-    total = __shfl_sync(0xffffffffu, warps, 31);
-    const int before = __shfl_sync(0xffffffffu, warps, warp == 0 ? 0 : warp - 1);
-    return sum - mine + (warp == 0 ? 0 : before);
-}
-
-// Where the entries of a superblock, its tiles of 64 keys, and the readers of a key begin. The order of the lists of
-// readers is left to chance, since nothing depends on it. Grid [ceil(T / 4096), P], 1024 threads.
-extern "C" __global__ __launch_bounds__(1024) void place_entries(const int* n_union, const int* readers, int* first_entry, int* first_tile, int* first_reader,
-                                                                 int* next_reader, int* n_listed, int T, int n, int capacity) {
-    __shared__ int of_warp[32], begin;
-    const long pair = blockIdx.y;
-    int count[4], mine = 0, total;
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        const int key = blockIdx.x * 4096 + e * 1024 + threadIdx.x;
-        count[e] = key < T ? readers[pair * T + key] : 0;
-        mine += count[e];
-    }
-    int to = sum_before(mine, of_warp, total);
-    if (threadIdx.x == 0) begin = atomicAdd(n_listed + pair, total);
-    __syncthreads();
-    to += begin;
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-        const int key = blockIdx.x * 4096 + e * 1024 + threadIdx.x;
-        if (key < T) {
-            first_reader[pair * T + key] = count[e] ? to : -1;
-            next_reader[pair * T + key] = to;
-        }
-        to += count[e];
-    }
-    if (blockIdx.x == 0) {
-        n_union += pair * n, first_entry += pair * (n + 1), first_tile += pair * (n + 1);
-        int entries = 0, tiles = 0;
-        for (int i = threadIdx.x; i - (int)threadIdx.x < n; i += 1024) {
-            const int size = i < n ? n_union[i] : 0, size_in_tiles = (size + KEYS - 1) / KEYS;
-            const int entry = entries + sum_before(size, of_warp, total);
-            entries += total;
-            const int tile = tiles + sum_before(size_in_tiles, of_warp, total);
-            tiles += total;
-            if (i < n) first_entry[i] = entry, first_tile[i] = tile;
-        }
-        if (threadIdx.x == 0) first_entry[n] = entries, first_tile[n] = tiles;
-        if (entries > capacity) __trap();
-    }
-}
-
-// The entries of every key, in no order. Grid [n, G, B], 256 threads.
-extern "C" __global__ __launch_bounds__(256) void list_entries(const int* union_rows, const int* n_union, const int* first_entry, int* next_reader, int* entries,
-                                                               int T, int G, int n_places, int span, int capacity) {
-    const long pair = (long)blockIdx.z * G + blockIdx.y, at = pair * gridDim.x + blockIdx.x;
-    const int first = first_entry[pair * (gridDim.x + 1) + blockIdx.x];
-    for (int i = threadIdx.x; i < n_union[at]; i += 256) {
-        const int row = union_rows[at * span * n_places + i];
-        const int to = atomicAdd(next_reader + pair * T + row, 1);
-        entries[pair * capacity + to] = first + i;
-    }
-}
 
 // What a step needs to know of 64 rows.
 struct Rows {
@@ -164,9 +36,10 @@ struct Problem {
 };
 
 // Visit rows `begin..end` (queries times the group's heads) of a sequence and a KV head with the 64 keys in `shared`.
-// `describe_row(rows, i, query)` says what a row sees; `bias` adds to the logits and collects the gradients of scores.
+// `describe_row(rows, i, query)` says what a row sees; `bias` adds to the logits, collects the gradients of scores, and may
+// exchange keys before a step.
 template <class Describe, class Bias>
-__device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, const Problem& x, int b, int g, int begin, int end, Describe describe_row, Bias bias) {
+__device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, const Problem& x, int b, int g, int begin, int end, Describe describe_row, Bias& bias) {
     const u32 k_tile = shared_address(shared), v_tile = k_tile + TILE;
     Rows* infos = (Rows*)(shared + 6 * TILE);
     auto fetch = [&](int step) {
@@ -194,7 +67,12 @@ __device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, c
         const u32 q_tile = k_tile + 2 * TILE + step % 2 * (2 * TILE), dout_tile = q_tile + TILE;
         const Rows& info = infos[step % 2];
         copies_wait<0>();
-        __syncthreads();
+        if (bias.exchange_due(step)) {
+            bias.exchange(grads, k_tile, v_tile, step);
+            copies_commit();
+            copies_wait<0>();
+            __syncthreads();
+        }
         float s[ROWS / 8][4], ds[ROWS / 8][4];
         products_begin();
         product_of_tiles<D, KEYS, ROWS>(s, k_tile, 0, q_tile);
@@ -255,11 +133,94 @@ __device__ __forceinline__ float gate_slope(float score, float tau, float invers
     return score == infinity() || tau == -infinity() ? 0.0f : inverse_temperature / (1.0f + expf(x));
 }
 
-// How a thread's two keys, routed ones, appear to the rows of a step.
+// The keys of a tile's places now and next, in shared memory behind what is known of rows.
+struct Places {
+    RoutedKey ahead[KEYS];
+    int number[KEYS], next[KEYS];
+};
+
+// How a thread's two keys, routed ones, appear to the rows of a step, and where their sums go.
 struct RoutedBias {
     bool biased;
     float score0, score1, inverse_temperature;
     u32 blocks0, blocks1, all_blocks;
+    // Steps from which the next keys of the two places count, and the next step that can be one.
+    int due0, due1, boundary, steps_a_unit;
+    Places* places;
+    const RoutedKey* routed_keys;
+    const float* scores;
+    const bf16 *k, *v;
+    float *sums, *score_sums;
+    u32 row0;
+    int G;
+
+    // A barrier, with the answer whether some place of the tile changes hands.
+    __device__ __forceinline__ bool exchange_due(int step) {
+        if (step != boundary) {
+            __syncthreads();
+            return false;
+        }
+        boundary += steps_a_unit;
+        return __syncthreads_or(min(due0, due1) <= step);
+    }
+
+    // Store the sums of the leaving keys, or of all.
+    __device__ __forceinline__ void store(Gradients& grads, bool leaves0, bool leaves1) const {
+        const int column = threadIdx.x % 4 * 2, key = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+        const float scale = rsqrtf((float)D);
+        const float dscore0 = quad_sum(grads.dscore0), dscore1 = quad_sum(grads.dscore1);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (half ? leaves1 : leaves0) {
+                const long entry = places->number[key + 8 * half];
+                float* to = sums + entry * (2 * D) + column;
+#pragma unroll
+                for (int j = 0; j < D / 8; j++) {
+                    *(float2*)(to + 8 * j) = make_float2(grads.dk[j][2 * half] * scale, grads.dk[j][2 * half + 1] * scale);
+                    *(float2*)(to + D + 8 * j) = make_float2(grads.dv[j][2 * half], grads.dv[j][2 * half + 1]);
+                    grads.dk[j][2 * half] = grads.dk[j][2 * half + 1] = grads.dv[j][2 * half] = grads.dv[j][2 * half + 1] = 0.0f;
+                }
+                if (column == 0) score_sums[entry] = half ? dscore1 : dscore0;
+                if (half) grads.dscore1 = 0.0f;
+                else grads.dscore0 = 0.0f;
+            }
+        }
+    }
+
+    // The next key of a place, if there is one, on its way to `places`.
+    __device__ __forceinline__ void fetch_ahead(int key, int next) const {
+        places->next[key] = next;
+        if (next >= 0) copy16(shared_address(places->ahead + key), routed_keys + next);
+    }
+
+    __device__ __forceinline__ void exchange(Gradients& grads, u32 k_tile, u32 v_tile, int step) {
+        store(grads, due0 <= step, due1 <= step);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const bool due = (half ? due1 : due0) <= step;
+            const int key = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half;
+            RoutedKey come;
+            if (due) {
+                come = places->ahead[key];
+                const u32 row = row0 + come.row * G;
+#pragma unroll
+                for (int i = 0; i < D / 32; i++) {
+                    const int piece = i * 4 + threadIdx.x % 4;
+                    copy16(k_tile + tile_at<KEYS>(key, piece), k + (u64)row * D + piece * 8);
+                    copy16(v_tile + tile_at<KEYS>(key, piece), v + (u64)row * D + piece * 8);
+                }
+                const int next_due = come.next >= 0 ? come.due * steps_a_unit : 0x7fffffff;
+                const float score = biased ? scores[row] : infinity();
+                if (half) due1 = next_due, blocks1 = come.blocks, score1 = score;
+                else due0 = next_due, blocks0 = come.blocks, score0 = score;
+            }
+            __syncwarp();
+            if (due && threadIdx.x % 4 == 0) {
+                places->number[key] = places->next[key];
+                fetch_ahead(key, come.next);
+            }
+        }
+    }
 
     __device__ __forceinline__ static bool one_block(const Rows& info) { return info.first[0] == info.first[ROWS - 1]; }
 
@@ -318,10 +279,10 @@ struct RoutedBias {
 // Partial sums of the routed keys of all superblocks. Grid [any, P], 128 threads.
 extern "C" __global__ __launch_bounds__(THREADS, ROUTED_CTAS) void dkv_routed(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* lse,
                                                                           const float* delta, const float* scores, const float* tau, const int* lens,
-                                                                          const int* union_rows, const u32* union_blocks, const int* n_union, const int* first_entry,
+                                                                          const RoutedKey* routed_keys, const int* n_open, const int* first_entry,
                                                                           const int* first_tile, float* sums, float* score_sums, int T, int G, int n_blocks,
-                                                                          int n_places, int every, float inverse_temperature, int span, int n, int capacity, int group,
-                                                                          u32 reciprocal) {
+                                                                          int n_places, int every, float inverse_temperature, int span, int unit, int n, int capacity,
+                                                                          int group, u32 reciprocal) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const long pair = blockIdx.y;
     const int b = pair / G, g = pair % G;
@@ -336,24 +297,37 @@ extern "C" __global__ __launch_bounds__(THREADS, ROUTED_CTAS) void dkv_routed(co
             else high = middle;
         }
         const int first = (tile - first_tile[superblock]) * KEYS;
-        const long list = (pair * n + superblock) * span * n_places + first;
-        const int n_keys = min(KEYS, n_union[pair * n + superblock] - first);
+        const RoutedKey* list = routed_keys + (pair * n + superblock) * span * n_places;
+        const int n_here = min(KEYS, n_open[pair * n + superblock] - first);
         const int begin = superblock * span * every, end = min(begin + span * every, lens[b]);
         __syncthreads();
         // Places without a key hold the last one again; nobody stores what becomes of them.
         copy_rows<KEYS, D, THREADS>(shared_address(shared), k, shared_address(shared) + TILE, v,
-                                    [&](int i) { return ((u32)b * T + union_rows[list + min(i, n_keys - 1)]) * G + g; });
+                                    [&](int i) { return ((u32)b * T + list[first + min(i, n_here - 1)].row) * G + g; });
 
         const int key0 = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, key1 = key0 + 8;
         RoutedBias bias;
         bias.biased = scores != nullptr;
         bias.inverse_temperature = inverse_temperature;
-        const int n_here = (end - begin + every - 1) / every;
-        bias.all_blocks = n_here >= 32 ? 0xffffffffu : (1u << n_here) - 1;
-        bias.blocks0 = key0 < n_keys ? union_blocks[list + key0] : bias.all_blocks;
-        bias.blocks1 = key1 < n_keys ? union_blocks[list + key1] : bias.all_blocks;
-        bias.score0 = bias.biased && key0 < n_keys ? scores[((long)b * T + union_rows[list + key0]) * G + g] : infinity();
-        bias.score1 = bias.biased && key1 < n_keys ? scores[((long)b * T + union_rows[list + key1]) * G + g] : infinity();
+        const int n_valid = (end - begin + every - 1) / every;
+        bias.all_blocks = n_valid >= 32 ? 0xffffffffu : (1u << n_valid) - 1;
+        bias.steps_a_unit = bias.boundary = unit * every * group / ROWS;
+        bias.places = (Places*)(shared + 6 * TILE + 2 * sizeof(Rows));
+        bias.routed_keys = list, bias.scores = scores, bias.k = k, bias.v = v;
+        bias.sums = sums + (pair * capacity + first_entry[pair * (n + 1) + superblock]) * (2 * D);
+        bias.score_sums = score_sums + pair * capacity + first_entry[pair * (n + 1) + superblock];
+        bias.row0 = (u32)b * T * G + g, bias.G = G;
+        const RoutedKey none = {0, bias.all_blocks, -1, 0};
+        const RoutedKey here0 = key0 < n_here ? list[first + key0] : none, here1 = key1 < n_here ? list[first + key1] : none;
+        bias.blocks0 = here0.blocks, bias.blocks1 = here1.blocks;
+        bias.score0 = bias.biased && key0 < n_here ? scores[bias.row0 + here0.row * G] : infinity();
+        bias.score1 = bias.biased && key1 < n_here ? scores[bias.row0 + here1.row * G] : infinity();
+        bias.due0 = here0.next >= 0 ? here0.due * bias.steps_a_unit : 0x7fffffff;
+        bias.due1 = here1.next >= 0 ? here1.due * bias.steps_a_unit : 0x7fffffff;
+        if (threadIdx.x % 4 == 0) {
+            bias.places->number[key0] = first + key0, bias.places->number[key1] = first + key1;
+            bias.fetch_ahead(key0, here0.next), bias.fetch_ahead(key1, here1.next);
+        }
 
         Gradients grads = {};
         visit(
@@ -363,26 +337,7 @@ extern "C" __global__ __launch_bounds__(THREADS, ROUTED_CTAS) void dkv_routed(co
                 info.last[i] = scores ? __float_as_int(tau[((long)b * n_blocks + query / every) * G + g]) : 0;
             },
             bias);
-        const long entry = pair * capacity + first_entry[pair * (n + 1) + superblock] + first;
-        const int column = threadIdx.x % 4 * 2;
-        const float scale = rsqrtf((float)D);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int key = half ? key1 : key0;
-            if (key < n_keys) {
-                float* to = sums + (entry + key) * (2 * D) + column;
-#pragma unroll
-                for (int j = 0; j < D / 8; j++) {
-                    *(float2*)(to + 8 * j) = make_float2(grads.dk[j][2 * half] * scale, grads.dk[j][2 * half + 1] * scale);
-                    *(float2*)(to + D + 8 * j) = make_float2(grads.dv[j][2 * half], grads.dv[j][2 * half + 1]);
-                }
-            }
-        }
-        const float dscore0 = quad_sum(grads.dscore0), dscore1 = quad_sum(grads.dscore1);
-        if (threadIdx.x % 4 == 0) {
-            if (key0 < n_keys) score_sums[entry + key0] = dscore0;
-            if (key1 < n_keys) score_sums[entry + key1] = dscore1;
-        }
+        bias.store(grads, key0 < n_here, key1 < n_here);
     }
 }
 
@@ -432,6 +387,13 @@ extern "C" __global__ __launch_bounds__(256) void sum_entries(int* readers, cons
 struct LocalBias {
     int key0, key1, first_key, last_key;
 
+    __device__ __forceinline__ bool exchange_due(int) const {
+        __syncthreads();
+        return false;
+    }
+
+    __device__ __forceinline__ void exchange(Gradients&, u32, u32, int) const {}
+
     __device__ __forceinline__ void add(float (&s)[ROWS / 8][4], const Rows& info) const {
         // Both ends of what a row sees only grow from row to row.
         if (info.first[ROWS - 1] <= first_key && last_key <= info.last[0]) return;
@@ -464,7 +426,7 @@ extern "C" __global__ __launch_bounds__(THREADS, LOCAL_CTAS) void dkv_local(cons
     }
 
     const int row0 = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-    const LocalBias bias = {first + row0, first + row0 + 8, first, first + KEYS - 1};
+    LocalBias bias = {first + row0, first + row0 + 8, first, first + KEYS - 1};
     // The last block whose strip begins at the last key or before.
     const long last_block = ((long)first + KEYS - 1 + window - 1) / every;
     const int end = (int)min((long)len, (last_block + 1) * every);
