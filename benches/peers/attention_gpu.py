@@ -45,6 +45,9 @@ CASES = [
     case(t=3000, shape=(3, 1, 64), w=8, k=1500, r=8),
     case(t=2100, shape=(4, 1, 128), w=2100, k=1, r=64, bias=False),  # Dense causal attention.
     case(t=900, shape=(2, 1, 64), w=16, k=64, r=64),  # Tiles of 128 rows.
+    # Places of keys that change hands between several blocks of queries.
+    case(t=9000, shape=(8, 4, 128), w=64, k=128, r=16, lens=[9000, 700]),
+    case(t=16384, k=64),
     # Routing by chunks, and what precedes them in one group and in several.
     case(t=6000, shape=(1, 1, 64), w=128, k=256, r=100, ties=True, lens=[6000, 4500]),
     case(t=20000, shape=(1, 1, 64), w=128, k=256, r=512, bias=False),

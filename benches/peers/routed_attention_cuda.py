@@ -171,8 +171,10 @@ class Routed:
                 span //= 2
         self.span, self.n_super = span, ceil(self.n_blocks, span)
         self.capacity = max(1, min(self.n_blocks * self.n_places, t + self.n_super * self.n_places))
-        # Blocks between which steps of 64 rows begin: there a key may take the place of another.
-        self.unit = 64 // math.gcd(64, self.every * self.group)
+        # Blocks between which steps of 64 rows begin: there a key may take the place of another, if that saves a wave.
+        waves = lambda tiles: ceil(self.n_super * pairs * tiles, 2 * 132)
+        places = ceil(self.n_places, 64)
+        self.unit = 64 // math.gcd(64, self.every * self.group) if waves(places) < waves(places + 1) else span
         self.routed_keys = i32(pairs, self.n_super, span * self.n_places, 4)
         self.n_keys, self.n_open = i32(pairs, self.n_super), i32(pairs, self.n_super)
         self.first_entry, self.first_tile = i32(pairs, self.n_super + 1), i32(pairs, self.n_super + 1)
@@ -254,7 +256,7 @@ class Routed:
         if self.n_places == 0:
             return
         pairs = self.b * self.g
-        tiles = self.n_super * ceil(self.n_places, 64)
+        tiles = self.n_super * ceil(self.n_places, 64) * (1 if self.unit == 1 else 2)
         scores = scores if self.biased else None
         launch(self.keys("dkv_routed"), (tiles, pairs), 128, self.routed_shared(), dout, q, k, v, self.lse, self.delta, scores, self.tau, self.lens, self.routed_keys,
                self.n_open, self.first_entry, self.first_tile, self.sums, self.score_sums, self.t, self.g, self.n_blocks, self.n_places,

@@ -262,8 +262,11 @@ fn routed(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
     let Superblocks { span, n, capacity } = Superblocks::new(t, n_blocks, n_routed, route_every, pairs, call.routing.never_returns);
     let slots = (2 * span * n_routed).next_power_of_two().max(256);
 
-    // Blocks between which steps begin: there a key can take the place of another.
-    let unit = KEYS / greatest_common_divisor(KEYS, route_every * call.dims.group());
+    // Blocks between which steps begin: there a key can take the place of another. That saves a tile of places or two, which
+    // costs more than it wins if as many waves of blocks of threads are left, two on a multiprocessor.
+    let tiles = n_routed.div_ceil(KEYS);
+    let waves = |tiles: usize| (n * pairs * tiles).div_ceil(2 * call.gpu.info().multiprocessors as usize);
+    let unit = if waves(tiles) < waves(tiles + 1) { KEYS / greatest_common_divisor(KEYS, route_every * call.dims.group()) } else { span };
     let routed_keys = call.ints(pairs * n * span * n_routed * 4);
     let [n_keys, n_open, n_listed] = [pairs * n, pairs * n, pairs].map(|n| call.ints(n));
     let [first_entry, first_tile] = [0; 2].map(|_| call.ints(pairs * (n + 1)));
@@ -294,8 +297,10 @@ fn routed(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
     args.push(call.inverse_temperature.into());
     args.extend([span, unit, n, capacity].map(int));
     args.extend(call.division());
-    // A block of threads for every tile, unless more places are open than a block has keys; what is known of places, 24 bytes each.
-    call.keys("dkv_routed", [n * n_routed.div_ceil(KEYS), pairs, 1], 128, call.key_shared() + KEYS * 24, &args);
+    // A block of threads for every tile, or some too many where more places may be open than a block has keys; what is known
+    // of places takes 24 bytes each.
+    let grid = [n * if unit == 1 { tiles } else { 2 * tiles }, pairs, 1];
+    call.keys("dkv_routed", grid, 128, call.key_shared() + KEYS * 24, &args);
 
     let mut dscores = call.scores.map(|scores| output(call.gpu, scores.shape()));
     let mut args: Vec<Arg> = [&readers, &first_reader, &entries, &sorted, &sums, &score_sums].map(Arg::from).into();
