@@ -108,7 +108,7 @@ impl Engine {
         Ok(Self {
             weights: Weights::of(&artifact),
             inv_freq: inverse_frequencies(model),
-            scratch: Scratch::new(model, &routing, artifact.manifest.group, instructions.form(), chunk, sequences),
+            scratch: Scratch::new(model, &routing, artifact.manifest.group, threads, chunk, sequences),
             team: WorkerTeam::new(threads),
             routing,
             instructions,
@@ -147,7 +147,6 @@ impl Engine {
             return Err(EngineError::Options(format!("this machine has no {}", instructions.name())));
         }
         self.instructions = instructions;
-        self.scratch.set_form(instructions.form());
         Ok(())
     }
 

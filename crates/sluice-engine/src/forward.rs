@@ -2,7 +2,7 @@
 //! attention sees the chunk as rows and does not ask whose they are. One straight line; every buffer exists before.
 
 use sluice_kernels::cached_attention::{self, Query};
-use sluice_kernels::int8_linear::{Form, PackedMatrix, QuantisedRows, linear};
+use sluice_kernels::int8_linear::{PackedMatrix, QuantisedRows, linear};
 use sluice_kernels::worker_team::WorkerTeam;
 use sluice_kernels::{gate_score, rms_norm, rope, swiglu};
 use sluice_spec::artifact::gate_heads;
@@ -14,6 +14,9 @@ use crate::sequence::Sequence;
 
 /// Tokens of a job where the work of a token is small.
 const TOKENS_PER_JOB: usize = 8;
+
+/// Tokens of a job of attention at most: the more, the fewer times a cached key is widened.
+const TOKENS_ATTENDED_PER_JOB: usize = 32;
 
 /// Sequences with one token each whose attention is one call to the team.
 const SINGLES_PER_CALL: usize = 16;
@@ -49,9 +52,8 @@ pub(crate) struct Scratch {
     /// `[C, D / 2]`.
     cos: Vec<f32>,
     sin: Vec<f32>,
-    /// `[jobs, scratch of one]`.
+    /// `[jobs, scratch of one]`, of a prompt or of single tokens.
     attention: Vec<f32>,
-    attention_len: usize,
     /// `[C, F]`, one job's worth at a time.
     gated: Vec<f32>,
     /// Int8 forms of `x`, `o` and the gated values.
@@ -65,14 +67,18 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    pub(crate) fn new(model: &ModelConfig, routing: &RoutingConfig, group: usize, form: Form, chunk: usize, sequences: usize) -> Self {
+    pub(crate) fn new(model: &ModelConfig, routing: &RoutingConfig, group: usize, threads: usize, chunk: usize, sequences: usize) -> Self {
         let (m, f, d) = (model.d_model, model.d_ff, model.head_dim);
         let (q, kv) = (model.n_heads * d, model.n_kv_heads * d);
         let shape = LayerCache::shape_of(model, routing);
-        let piece = chunk.min(routing.route_every);
-        // Single tokens have a job per KV head, a piece of a prompt one per few tokens.
+        // Single tokens have a job per KV head, a piece of a prompt one per some tokens.
         let singles = model.n_kv_heads * sequences.min(chunk).min(SINGLES_PER_CALL);
-        let jobs = singles.max(piece.div_ceil(TOKENS_PER_JOB));
+        let singles = singles * shape.scratch_len(model.group_size());
+        let prompt = (1..=chunk.min(routing.route_every)).map(|piece| {
+            let Shares { jobs, tokens } = tokens_attended(piece, threads);
+            jobs * shape.scratch_len(tokens * model.group_size())
+        });
+        let attention = prompt.fold(singles, usize::max);
         Self {
             h: vec![0.0; chunk * m],
             x: vec![0.0; chunk * m],
@@ -84,22 +90,14 @@ impl Scratch {
             positions: vec![0; chunk],
             cos: vec![0.0; chunk * d / 2],
             sin: vec![0.0; chunk * d / 2],
-            attention: vec![0.0; jobs * shape.scratch_len()],
-            attention_len: shape.scratch_len(),
+            attention: vec![0.0; attention],
             gated: vec![0.0; chunk * f],
-            x_int8: QuantisedRows::new(chunk, m, group, form),
-            o_int8: QuantisedRows::new(chunk, q, group, form),
-            gated_int8: QuantisedRows::new(chunk, f, group, form),
+            x_int8: QuantisedRows::new(chunk, m, group),
+            o_int8: QuantisedRows::new(chunk, q, group),
+            gated_int8: QuantisedRows::new(chunk, f, group),
             logits: vec![0.0; sequences * model.vocab_size],
-            last_int8: QuantisedRows::new(sequences, m, group, form),
+            last_int8: QuantisedRows::new(sequences, m, group),
             chunk,
-        }
-    }
-
-    /// Make room for activations in another form.
-    pub(crate) fn set_form(&mut self, form: Form) {
-        for rows in [&mut self.x_int8, &mut self.o_int8, &mut self.gated_int8, &mut self.last_int8] {
-            *rows = QuantisedRows::new(rows.capacity(), rows.cols(), rows.group(), form);
         }
     }
 
@@ -186,7 +184,7 @@ pub(crate) fn run(engine: &mut Engine, parts: &mut [Part<'_>]) {
             let rows = row..row + rows;
             let (qkv, scores) = (&qkv[rows.start * e..rows.end * e], &scores[rows.start * gs..rows.end * gs]);
             let o = &mut o[rows.start * q_len..rows.end * q_len];
-            let mut room = Room { team: &mut *team, scratch: &mut s.attention, len: s.attention_len };
+            let mut room = Room { team: &mut *team, scratch: &mut s.attention };
             if singles > 0 {
                 attend_singles(&mut room, model, routing, l, parts, qkv, scores, o);
             } else {
@@ -209,13 +207,13 @@ pub(crate) fn run(engine: &mut Engine, parts: &mut [Part<'_>]) {
         quantise(team, x, m, &mut s.x_int8);
         linear(team, set, artifact.matrix(layer.gate_up), &s.x_int8, n, None, gate_up); // [T, 2 F]
         let words = s.gated_int8.row_words();
-        let (group, form) = (s.gated_int8.group(), s.gated_int8.form());
+        let group = s.gated_int8.group();
         let rows = &mut s.gated_int8.words_mut()[..n * words];
         team.for_each_chunk_pair((rows, TOKENS_PER_JOB * words), (&mut *gated, TOKENS_PER_JOB * f), |job, rows, gated| {
             let gate_up = gate_up[job * TOKENS_PER_JOB * 2 * f..].chunks_exact(2 * f);
             for ((row, gated), gate_up) in rows.chunks_exact_mut(words).zip(gated.chunks_exact_mut(f)).zip(gate_up) {
                 swiglu::slice(&gate_up[..f], &gate_up[f..], gated);
-                QuantisedRows::quantise(gated, group, form, row);
+                QuantisedRows::quantise(gated, group, row);
             }
         });
         linear(team, set, artifact.matrix(layer.down), &s.gated_int8, n, None, block); // [T, M]
@@ -246,8 +244,17 @@ pub(crate) fn logits(engine: &mut Engine, rows: impl Iterator<Item = usize>) -> 
 struct Room<'a> {
     team: &'a mut WorkerTeam,
     scratch: &'a mut [f32],
-    /// Numbers that one job needs.
-    len: usize,
+}
+
+/// How attention of a piece of a prompt is shared out.
+struct Shares {
+    jobs: usize,
+    tokens: usize,
+}
+
+fn tokens_attended(piece: usize, threads: usize) -> Shares {
+    let tokens = piece.div_ceil(threads).min(TOKENS_ATTENDED_PER_JOB);
+    Shares { jobs: piece.div_ceil(tokens), tokens }
 }
 
 /// Attention of one token of each of several sequences: `o [T, H, D]` from `qkv [T, E]`.
@@ -274,7 +281,8 @@ fn attend_singles(
         cache.append(&kv[..kv_len], &kv[kv_len..], &scores[i * gs..(i + 1) * gs]);
     });
     let parts = &*parts;
-    room.team.for_each_chunk_pair((o, group * d), (&mut *room.scratch, room.len), |job, o, scratch| {
+    let scratch_len = parts[0].sequence.layers[layer].shape.scratch_len(group);
+    room.team.for_each_chunk_pair((o, group * d), (&mut *room.scratch, scratch_len), |job, o, scratch| {
         let (i, head) = (job / g, job % g);
         let cache = &parts[i].sequence.layers[layer];
         let n_strip = cache.seen_by(parts[i].sequence.position);
@@ -311,9 +319,11 @@ fn attend_prompt(
             cache.append(&qkv[q_len..q_len + kv_len], &qkv[q_len + kv_len..], scores);
         }
         let (o, cache) = (&mut o[done * q_len..(done + piece) * q_len], &*cache);
-        room.team.for_each_chunk_pair((o, TOKENS_PER_JOB * q_len), (&mut *room.scratch, room.len), |job, o, scratch| {
+        let tokens = tokens_attended(piece, room.team.n_threads()).tokens;
+        let scratch_len = cache.shape.scratch_len(tokens * group);
+        room.team.for_each_chunk_pair((o, tokens * q_len), (&mut *room.scratch, scratch_len), |job, o, scratch| {
             let n = o.len() / q_len;
-            let first = job * TOKENS_PER_JOB;
+            let first = job * tokens;
             for head in 0..g {
                 let query = |i: usize| {
                     let (t, own) = (i / group, (head * group + i % group) * d);
@@ -328,10 +338,10 @@ fn attend_prompt(
 
 /// Int8 form of `x [T, width]`.
 fn quantise(team: &mut WorkerTeam, x: &[f32], width: usize, rows: &mut QuantisedRows) {
-    let (n, words, group, form) = (x.len() / width, rows.row_words(), rows.group(), rows.form());
+    let (n, words, group) = (x.len() / width, rows.row_words(), rows.group());
     team.for_each_chunk(&mut rows.words_mut()[..n * words], TOKENS_PER_JOB * words, |job, rows| {
         let x = x[job * TOKENS_PER_JOB * width..].chunks_exact(width);
-        rows.chunks_exact_mut(words).zip(x).for_each(|(row, x)| QuantisedRows::quantise(x, group, form, row));
+        rows.chunks_exact_mut(words).zip(x).for_each(|(row, x)| QuantisedRows::quantise(x, group, row));
     });
 }
 

@@ -41,8 +41,7 @@ fn main() {
                 if instructions == InstructionSet::Plain && tokens > 1 {
                     continue;
                 }
-                let mut inputs: Vec<QuantisedRows> =
-                    SHAPES.iter().map(|&(_, cols)| QuantisedRows::new(tokens, cols, group, instructions.form())).collect();
+                let mut inputs: Vec<QuantisedRows> = SHAPES.iter().map(|&(_, cols)| QuantisedRows::new(tokens, cols, group)).collect();
                 for rows in &mut inputs {
                     let x: Vec<f32> = (0..rows.cols()).map(|i| (i % 23) as f32 - 11.0).collect();
                     (0..tokens).for_each(|row| rows.set_row(row, &x));

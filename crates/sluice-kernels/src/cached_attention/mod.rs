@@ -60,9 +60,9 @@ impl HeadShape {
         self.rows() * self.value_width()
     }
 
-    /// Numbers of scratch for each call of [`attend`] that runs at the same time.
-    pub fn scratch_len(&self) -> usize {
-        tile::QUERIES * (self.rows() + self.value_width()) + ROWS * self.value_width()
+    /// Numbers of scratch for each call of [`attend`] with `n` queries that runs at the same time.
+    pub fn scratch_len(&self, n: usize) -> usize {
+        n.min(tile::QUERIES) * (self.rows() + self.value_width()) + ROWS * self.value_width()
     }
 }
 
@@ -94,7 +94,7 @@ pub struct Query {
 
 /// Attention of the queries `queries(0) .. queries(n)` of one KV head: `D` numbers of `o` each, from `D` numbers of `q`.
 ///
-/// `scratch` has at least [`HeadShape::scratch_len`] numbers. Each query sees at least one row.
+/// `scratch` has at least [`HeadShape::scratch_len`] numbers for `n`. Each query sees at least one row.
 #[track_caller]
 pub fn attend(head: &Head<'_>, q: &[f32], n: usize, queries: impl Fn(usize) -> Query, o: &mut [f32], scratch: &mut [f32]) {
     let shape = head.shape;
@@ -106,8 +106,9 @@ pub fn attend(head: &Head<'_>, q: &[f32], n: usize, queries: impl Fn(usize) -> Q
         head.n_slots
     );
     assert!(head.bias.is_none_or(|bias| bias.len() == head.n_slots), "cached_attention: biases of {} slots", head.n_slots);
-    let (z, rest) = scratch[..shape.scratch_len()].split_at_mut(tile::QUERIES * shape.rows());
-    let (sums, wide) = rest.split_at_mut(tile::QUERIES * shape.value_width());
+    let at_once = n.min(tile::QUERIES);
+    let (z, rest) = scratch[..shape.scratch_len(n)].split_at_mut(at_once * shape.rows());
+    let (sums, wide) = rest.split_at_mut(at_once * shape.value_width());
     let scale = 1.0 / (shape.head_dim as f32).sqrt();
     let mut first = 0;
     while first < n {

@@ -53,7 +53,7 @@ fn agrees_with_the_naive_twin_and_has_the_same_bits_query_by_query() {
         for with_bias in [false, true] {
             let head = cache.head(with_bias);
             let (mut o, mut alone) = (vec![f32::NAN; q.len()], vec![f32::NAN; q.len()]);
-            let mut scratch = vec![f32::NAN; shape.scratch_len()];
+            let mut scratch = vec![f32::NAN; shape.scratch_len(usize::MAX)];
             attend(&head, &q, tokens * group, query, &mut o, &mut scratch);
             for i in 0..tokens * group {
                 attend(&head, &q, 1, |_| query(i), &mut alone, &mut scratch);
@@ -91,7 +91,7 @@ fn far_logits_neither_overflow_nor_vanish() {
     write_row(shape, &mut keys, &mut values, 1, &[-100.0; 32], &[2.0; 32]);
     let head = Head { shape, keys: &keys, values: &values, n_slots: 0, bias: None };
     let mut o = [f32::NAN; 32];
-    let mut scratch = vec![0.0; shape.scratch_len()];
+    let mut scratch = vec![0.0; shape.scratch_len(usize::MAX)];
     for (q, want) in [(50.0, 1.0), (-50.0, 2.0)] {
         attend(&head, &[q; 32], 1, |_| Query { q: 0, o: 0, n_strip: 2 }, &mut o, &mut scratch);
         assert_eq!(o, [want; 32]);

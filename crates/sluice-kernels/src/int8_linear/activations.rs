@@ -1,22 +1,22 @@
 //! Activations rounded to thirteen bits, one row per token.
 
-use super::{Form, GROUPS, Layout};
+use super::{GROUPS, Layout};
 use crate::vector_math::vectorised;
 
 /// Largest activation after rounding. Its sums with int8 weights stay exact in f32 over a group of 32, in i32 over any.
 ///
-/// Eight bits would be 127 and are not enough: their noise was most of what int8 cost (LOG.md). On AVX2 a product of sixteen bits costs
-/// what one of eight does; VNNI takes two of its products instead of one, which a single token, waiting for memory, does not feel.
+/// Eight bits would be 127 and are not enough: their noise was most of what int8 cost (LOG.md). On AVX2 a product of sixteen bits costs what one
+/// of eight does; VNNI takes two products instead of one, which a single token, waiting for memory, does not feel.
 pub const LARGEST: f32 = 4095.0;
 
 /// Room for the rounded form of `capacity` rows of `cols` numbers, allocated once and filled again and again.
 ///
-/// A row is one run of words: its values in the [`Form`] that the inner loop wants, then per group the bits of its f32 scale, then per group
+/// A row is one run of words: its values as sixteen bits each, of four inputs `a b c d` in the order `a c b d`, the partners of the
+/// weights' even and odd bytes; then per group the bits of its f32 scale, then per group
 /// `-128 sum aq`, which takes back the 128 that every stored weight has too much.
 pub struct QuantisedRows {
     cols: usize,
     group: usize,
-    form: Form,
     capacity: usize,
     words: Vec<i32>,
 }
@@ -24,9 +24,9 @@ pub struct QuantisedRows {
 impl QuantisedRows {
     /// Panics for a group that is not one of [`GROUPS`].
     #[track_caller]
-    pub fn new(capacity: usize, cols: usize, group: usize, form: Form) -> Self {
+    pub fn new(capacity: usize, cols: usize, group: usize) -> Self {
         assert!(cols > 0 && GROUPS.contains(&group), "int8 activations of {cols} in groups of {group}");
-        Self { cols, group, form, capacity, words: vec![0; capacity * row_words(cols, group)] }
+        Self { cols, group, capacity, words: vec![0; capacity * row_words(cols, group)] }
     }
 
     /// Rows that fit.
@@ -49,11 +49,6 @@ impl QuantisedRows {
         row_words(self.cols, self.group)
     }
 
-    /// Form of the values.
-    pub fn form(&self) -> Form {
-        self.form
-    }
-
     /// The words of all rows, for [`Self::quantise`].
     pub fn words_mut(&mut self) -> &mut [i32] {
         &mut self.words
@@ -63,14 +58,14 @@ impl QuantisedRows {
     #[track_caller]
     pub fn set_row(&mut self, row: usize, x: &[f32]) {
         let n = self.row_words();
-        Self::quantise(x, self.group, self.form, &mut self.words[row * n..(row + 1) * n]);
+        Self::quantise(x, self.group, &mut self.words[row * n..(row + 1) * n]);
     }
 
     /// Quantise `x [K]` into the words of one row.
     #[track_caller]
-    pub fn quantise(x: &[f32], group: usize, form: Form, row: &mut [i32]) {
+    pub fn quantise(x: &[f32], group: usize, row: &mut [i32]) {
         assert_eq!(row.len(), row_words(x.len(), group), "a quantised row of {} numbers", x.len());
-        quantise_row(x, group, form, row);
+        quantise_row(x, group, row);
     }
 
     /// The words of some rows.
@@ -101,19 +96,10 @@ impl<'a> Row<'a> {
         Self { values, scales, surplus }
     }
 
-    /// Four values that follow each other, whatever the form.
-    pub(super) fn four(&self, index: usize, form: Form) -> [i32; 4] {
-        let [first, second] = [self.values[2 * index], self.values[2 * index + 1]];
-        match form {
-            Form::Halves => {
-                let (high, low) = (first.to_ne_bytes(), second.to_ne_bytes());
-                std::array::from_fn(|i| 256 * (high[i] as i8 as i32) + low[i] as i8 as i32)
-            }
-            Form::Pairs => {
-                let [a, c, b, d] = bytemuck::cast::<[i32; 2], [i16; 4]>([first, second]);
-                [a, b, c, d].map(i32::from)
-            }
-        }
+    /// Four values that follow each other.
+    pub(super) fn four(&self, index: usize) -> [i32; 4] {
+        let [a, c, b, d] = bytemuck::cast::<[i32; 2], [i16; 4]>([self.values[2 * index], self.values[2 * index + 1]]);
+        [a, b, c, d].map(i32::from)
     }
 }
 
@@ -121,7 +107,7 @@ impl<'a> Row<'a> {
 const ROUNDER: f32 = 12_582_912.0;
 
 vectorised! {
-    fn quantise_row(x: &[f32], group: usize, form: Form, row: &mut [i32]) {
+    fn quantise_row(x: &[f32], group: usize, row: &mut [i32]) {
         let n_groups = x.len().div_ceil(group);
         let (values, rest) = row.split_at_mut(n_groups * group / 2);
         let (scales, surplus) = rest.split_at_mut(n_groups);
@@ -161,15 +147,10 @@ vectorised! {
                     rounded[i] = (q + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()) as i32;
                     sums[i] = sums[i].wrapping_add(rounded[i]);
                 }
-                for (pair, v) in values.as_chunks_mut::<2>().0.iter_mut().zip(rounded.as_chunks::<4>().0) {
-                    *pair = if form == Form::Halves {
-                        // The low half is a signed byte as well, so the high one takes its carry.
-                        let high = |v: i32| ((v + 128) >> 8) as i8 as u8;
-                        [v.map(high), v.map(|v| v as u8)].map(i32::from_ne_bytes)
-                    } else {
-                        let both = |a: i32, b: i32| bytemuck::cast::<[i16; 2], i32>([a as i16, b as i16]);
-                        [both(v[0], v[2]), both(v[1], v[3])]
-                    };
+                // Of four values a b c d the pairs a c and b d.
+                for i in 0..8 {
+                    let at = i / 2 * 4 + i % 2;
+                    values[i] = (rounded[at] & 0xffff) | (rounded[at + 2] << 16);
                 }
             }
             scales[g] = scale.to_bits() as i32;

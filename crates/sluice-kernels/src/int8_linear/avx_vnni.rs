@@ -1,101 +1,18 @@
-//! Inner loop for AVX-VNNI, processors with `vpdpbusd` but without AVX-512: as the AVX-512 one, eight rows a vector.
+//! Inner loop for AVX-VNNI, processors with `vpdpwssd` but without AVX-512: that of AVX2 with one instruction for a product and its sum.
 
 use std::arch::x86_64::*;
 
-use super::activations::Row;
-use super::{TILE_ROWS, Task};
+super::avx2::eight_rows_a_vector!("avx2,avxvnni,fma,f16c");
 
-/// Rows of a vector.
-const LANES: usize = 8;
-
-/// Bytes between the weights in use and those that are fetched meanwhile.
-const AHEAD: usize = 2048;
-
-/// # Safety
-/// The machine has AVX2, AVX-VNNI, FMA and F16C; `task` holds whole tokens of the weights' layout.
-#[target_feature(enable = "avx2,avxvnni,fma,f16c")]
-pub(super) unsafe fn run(task: &Task<'_>, out: &mut [f32]) {
-    for tile in task.tiles.clone() {
-        let mut token = 0;
-        while token < task.n_tokens {
-            // SAFETY: the caller's contract. Two vectors of sums a token and vector of rows: six tokens are what sixteen registers hold.
-            token += unsafe {
-                match task.n_tokens - token {
-                    6.. => tile_of_tokens::<6, 1>(task, tile, token, out),
-                    4.. => tile_of_tokens::<4, 1>(task, tile, token, out),
-                    2.. => tile_of_tokens::<2, 2>(task, tile, token, out),
-                    _ => tile_of_tokens::<1, 2>(task, tile, token, out),
-                }
-            };
-        }
-    }
-}
-
-/// One tile times `T` tokens, `V` vectors of rows at once; returns `T`.
-///
-/// # Safety
-/// As [`run`].
 #[inline]
-#[target_feature(enable = "avx2,avxvnni,fma,f16c")]
-unsafe fn tile_of_tokens<const T: usize, const V: usize>(task: &Task<'_>, tile: usize, first: usize, out: &mut [f32]) -> usize {
-    let layout = task.weights.layout;
-    let (values, scales) = task.weights.tile(tile);
-    let words = task.tokens.len() / task.n_tokens;
-    let rows: [Row<'_>; T] = std::array::from_fn(|t| Row::of(&task.tokens[(first + t) * words..(first + t + 1) * words], &layout));
-    let words_per_group = layout.group / 4;
-    let start = task.start(tile);
-    let mut results = [[0.0f32; TILE_ROWS]; T];
-    for lane in (0..TILE_ROWS).step_by(V * LANES) {
-        // SAFETY: a tile has `n_groups * words_per_group` words of TILE_ROWS rows and `n_groups * TILE_ROWS` scales;
-        // each row of tokens has twice `n_groups * words_per_group` words, `n_groups` scales and surpluses.
+#[target_feature(enable = "avx2,avxvnni")]
+fn multiply_add(mut sums: __m256i, w: [__m256i; 2], a: [__m256i; 2]) -> __m256i {
+    for (w, a) in w.into_iter().zip(a) {
+        // What `_mm256_dpwssd_avx_epi32` is taken apart from, see avx512_vnni.rs.
+        // SAFETY: it only computes.
         unsafe {
-            let mut w = values.as_ptr().wrapping_add(lane * 4);
-            let mut word = 0;
-            for t in 0..T {
-                // The outer sums wait in memory: the inner loop needs the registers.
-                results[t][lane..lane + V * LANES].copy_from_slice(&start[lane..lane + V * LANES]);
-            }
-            for g in 0..layout.n_groups() {
-                let mut high = [[_mm256_setzero_si256(); V]; T];
-                let mut low = high;
-                for t in 0..T {
-                    low[t] = [_mm256_set1_epi32(*rows[t].surplus.as_ptr().wrapping_add(g)); V];
-                }
-                for _ in 0..words_per_group {
-                    let mut w_now = [_mm256_setzero_si256(); V];
-                    for v in 0..V {
-                        w_now[v] = _mm256_loadu_si256(w.wrapping_add(v * 4 * LANES).cast());
-                    }
-                    for t in 0..T {
-                        let a = rows[t].values.as_ptr().wrapping_add(word);
-                        let (a_high, a_low) = (_mm256_set1_epi32(*a), _mm256_set1_epi32(*a.wrapping_add(1)));
-                        for v in 0..V {
-                            high[t][v] = _mm256_dpbusd_avx_epi32(high[t][v], w_now[v], a_high);
-                            low[t][v] = _mm256_dpbusd_avx_epi32(low[t][v], w_now[v], a_low);
-                        }
-                    }
-                    if T == 1 {
-                        // One token waits for memory alone; the processor's own prefetching stops at every page.
-                        _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(AHEAD).cast());
-                    }
-                    w = w.wrapping_add(4 * TILE_ROWS);
-                    word += 2;
-                }
-                for v in 0..V {
-                    let scales = scales.as_ptr().wrapping_add(g * TILE_ROWS + lane + v * LANES);
-                    let scale = _mm256_cvtph_ps(_mm_loadu_si128(scales.cast()));
-                    for t in 0..T {
-                        let token_scale = _mm256_set1_ps(f32::from_bits(*rows[t].scales.as_ptr().wrapping_add(g) as u32));
-                        let inner = _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32::<8>(high[t][v]), low[t][v]));
-                        let sum = results[t].as_mut_ptr().wrapping_add(lane + v * LANES);
-                        _mm256_storeu_ps(sum, _mm256_fmadd_ps(inner, _mm256_mul_ps(scale, token_scale), _mm256_loadu_ps(sum)));
-                    }
-                }
-            }
+            std::arch::asm!("{{vex}} vpdpwssd {0}, {1}, {2}", inout(ymm_reg) sums, in(ymm_reg) w, in(ymm_reg) a, options(pure, nomem, nostack, preserves_flags));
         }
     }
-    for (t, result) in results.iter().enumerate() {
-        task.store(first + t, tile, result, out);
-    }
-    T
+    sums
 }

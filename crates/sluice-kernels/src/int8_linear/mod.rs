@@ -11,7 +11,7 @@
 //!
 //! Weights lie in the order in which the kernels read them: tiles of [`TILE_ROWS`] rows, in a tile four inputs of
 //! each row after the other, so that one vector holds four products for each of its rows and nothing is ever summed
-//! across lanes. They are stored as `wq + 128`, the unsigned operand of VNNI; the surplus `128 sum aq` is known once per token and group.
+//! across lanes. They are stored as `wq + 128`, so that a mask and a shift widen them; the surplus `128 sum aq` is known once per token and group.
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -132,21 +132,12 @@ impl<'a> PackedMatrix<'a> {
     }
 }
 
-/// How an inner loop wants the values of the activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
-    /// Of four inputs first the high bytes, then the low ones, both signed: `256 high + low`.
-    Halves,
-    /// Sixteen bits each, of four inputs `a b c d` in the order `a c b d`: the partners of the weights' even and odd bytes.
-    Pairs,
-}
-
 /// What the inner loops can use; `best` is the fastest one of this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InstructionSet {
-    /// `vpdpbusd` on 512 bits.
+    /// `vpdpwssd` on 512 bits.
     Avx512Vnni,
-    /// `vpdpbusd` on 256 bits.
+    /// `vpdpwssd` on 256 bits.
     AvxVnni,
     /// `vpmaddwd` on 256 bits.
     Avx2,
@@ -165,14 +156,6 @@ impl InstructionSet {
             Self::AvxVnni => "avx-vnni",
             Self::Avx2 => "avx2",
             Self::Plain => "plain",
-        }
-    }
-
-    /// What its inner loop wants of the activations.
-    pub fn form(self) -> Form {
-        match self {
-            Self::Avx512Vnni | Self::Avx2 => Form::Pairs,
-            Self::AvxVnni | Self::Plain => Form::Halves,
         }
     }
 
@@ -311,7 +294,6 @@ pub fn linear(
         x.cols(),
         x.group()
     );
-    assert_eq!(x.form(), instructions.form(), "int8_linear: activations for {}", instructions.name());
     assert!(n_tokens <= x.capacity(), "int8_linear: {n_tokens} tokens of {}", x.capacity());
     assert_eq!(y.len(), n_tokens * layout.rows, "int8_linear: y of {n_tokens} tokens for {layout:?}");
     if let Some(bias) = bias {

@@ -13,7 +13,7 @@ pub(super) fn linear(weights: PackedMatrix<'_>, x: &QuantisedRows, n_tokens: usi
     let mut y = Vec::with_capacity(n_tokens * rows);
     for t in 0..n_tokens {
         let token = Row::of(x.rows(t..t + 1), &layout);
-        let aq: Vec<i32> = (0..layout.padded_cols() / 4).flat_map(|index| token.four(index, x.form())).collect();
+        let aq: Vec<i32> = (0..layout.padded_cols() / 4).flat_map(|index| token.four(index)).collect();
         for n in 0..rows {
             let (values, scales) = weights.tile(n / TILE_ROWS);
             let lane = n % TILE_ROWS;

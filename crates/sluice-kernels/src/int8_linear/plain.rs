@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::activations::Row;
-use super::{Form, TILE_ROWS, Task};
+use super::{TILE_ROWS, Task};
 
 pub(super) fn run(task: &Task<'_>, out: &mut [f32]) {
     let layout = task.weights.layout;
@@ -18,7 +18,7 @@ pub(super) fn run(task: &Task<'_>, out: &mut [f32]) {
                 let mut inner = [row.surplus[g]; TILE_ROWS];
                 let words = g * words_per_group..(g + 1) * words_per_group;
                 for (word, values) in words.zip(values[g * words_per_group * 4 * TILE_ROWS..].as_chunks::<{ 4 * TILE_ROWS }>().0) {
-                    let a = row.four(word, Form::Halves);
+                    let a = row.four(word);
                     for (inner, w) in inner.iter_mut().zip(values.as_chunks::<4>().0) {
                         *inner += w[0] as i32 * a[0] + w[1] as i32 * a[1] + w[2] as i32 * a[2] + w[3] as i32 * a[3];
                     }

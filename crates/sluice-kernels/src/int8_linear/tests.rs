@@ -48,8 +48,8 @@ fn operands(case: &Case) -> Operands {
     Operands { weights, values, scales, x, bias: case.bias.then(|| numbers(rows, 3)) }
 }
 
-fn quantised(x: &[f32], layout: Layout, form: Form) -> QuantisedRows {
-    let mut rows = QuantisedRows::new(x.len() / layout.cols, layout.cols, layout.group, form);
+fn quantised(x: &[f32], layout: Layout) -> QuantisedRows {
+    let mut rows = QuantisedRows::new(x.len() / layout.cols, layout.cols, layout.group);
     x.chunks_exact(layout.cols).enumerate().for_each(|(row, x)| rows.set_row(row, x));
     rows
 }
@@ -59,10 +59,9 @@ fn every_instruction_set_and_thread_count_gives_the_bits_of_the_naive_twin() {
     for case in cases() {
         let o = operands(&case);
         let weights = PackedMatrix::new(case.layout, &o.values, &o.scales);
-        let want = naive::linear(weights, &quantised(&o.x, case.layout, Form::Halves), case.tokens, o.bias.as_deref());
+        let want = naive::linear(weights, &quantised(&o.x, case.layout), case.tokens, o.bias.as_deref());
         for instructions in InstructionSet::ALL.into_iter().filter(|set| set.is_available()) {
-            let x = quantised(&o.x, case.layout, instructions.form());
-            assert_eq!(naive::linear(weights, &x, case.tokens, o.bias.as_deref()), want, "both forms say the same");
+            let x = quantised(&o.x, case.layout);
             for threads in [1, 3] {
                 let mut y = vec![f32::NAN; case.tokens * case.layout.rows];
                 linear(&mut WorkerTeam::new(threads), instructions, weights, &x, case.tokens, o.bias.as_deref(), &mut y);
@@ -79,9 +78,9 @@ fn a_token_has_the_same_bits_alone_and_among_others() {
     let weights = PackedMatrix::new(case.layout, &o.values, &o.scales);
     let (mut team, best) = (WorkerTeam::new(2), InstructionSet::best());
     let mut all = vec![f32::NAN; 13 * 50];
-    let x = quantised(&o.x, case.layout, best.form());
+    let x = quantised(&o.x, case.layout);
     linear(&mut team, best, weights, &x, 13, o.bias.as_deref(), &mut all);
-    let mut alone = QuantisedRows::new(1, 200, 32, best.form());
+    let mut alone = QuantisedRows::new(1, 200, 32);
     for (t, x) in o.x.chunks_exact(200).enumerate() {
         alone.set_row(0, x);
         let mut y = vec![f32::NAN; 50];
@@ -96,7 +95,7 @@ fn the_result_is_as_close_to_the_float_product_as_eight_bits_allow() {
         let o = operands(&case);
         let Layout { rows, cols, group } = case.layout;
         let weights = PackedMatrix::new(case.layout, &o.values, &o.scales);
-        let got = naive::linear(weights, &quantised(&o.x, case.layout, Form::Halves), case.tokens, None);
+        let got = naive::linear(weights, &quantised(&o.x, case.layout), case.tokens, None);
         for t in 0..case.tokens {
             for n in 0..rows {
                 let (x, w) = (&o.x[t * cols..(t + 1) * cols], &o.weights[n * cols..(n + 1) * cols]);
@@ -184,7 +183,7 @@ fn weights_that_int8_cannot_hold_are_named() {
 fn activations_that_are_not_finite_reach_the_result() {
     let layout = Layout::new(3, 32, 32);
     let (values, scales) = pack(&[0.5; 96], layout).unwrap();
-    let mut x = QuantisedRows::new(1, 32, 32, Form::Halves);
+    let mut x = QuantisedRows::new(1, 32, 32);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut row = [1.0; 32];
         row[7] = bad;
