@@ -23,8 +23,8 @@ from routed_attention_cuda import Routed, ceil
 SMALL, LARGE = (9, 3, 64), (32, 8, 128)
 
 
-def case(t=1000, shape=SMALL, w=8, k=16, r=8, bias=True, lens=None, ties=False, sinks=2, span=None):
-    return dict(t=t, shape=shape, w=w, k=k, r=r, bias=bias, lens=lens or [t], ties=ties, sinks=sinks, span=span)
+def case(t=1000, shape=SMALL, w=8, k=16, r=8, bias=True, lens=None, ties=False, sinks=2, span=None, steep=None):
+    return dict(t=t, shape=shape, w=w, k=k, r=r, bias=bias, lens=lens or [t], ties=ties, sinks=sinks, span=span, steep=steep)
 
 
 CASES = [
@@ -48,6 +48,10 @@ CASES = [
     # Places of keys that change hands between several blocks of queries.
     case(t=9000, shape=(8, 4, 128), w=64, k=128, r=16, lens=[9000, 700]),
     case(t=16384, k=64),
+    case(t=2000, w=200, k=300, r=128, lens=[2000, 700], bias=False),  # Two tiles of 192 rows.
+    # Logits so far apart that the first keys' largest says nothing about the others'.
+    case(w=128, k=256, r=64, bias=False, steep=60.0),
+    case(w=128, k=100, r=64, lens=[1000, 333], steep=60.0),
     # Routing by chunks, and what precedes them in one group and in several.
     case(t=6000, shape=(1, 1, 64), w=128, k=256, r=100, ties=True, lens=[6000, 4500]),
     case(t=20000, shape=(1, 1, 64), w=128, k=256, r=512, bias=False),
@@ -64,6 +68,8 @@ def inputs(c, seed):
     b, t, (h, g, d) = len(c["lens"]), c["t"], c["shape"]
     q, k, v, dout = (random(b, t, n, d, seed=seed + i).bfloat16() for i, n in enumerate([h, g, g, h]))
     scores = random(b, t, g, seed=seed + 9)
+    if c["steep"]:
+        q = q * c["steep"]
     if c["ties"]:
         scores = (scores * 2).round()  # With zeros of both signs.
     for i, n in enumerate(c["lens"]):

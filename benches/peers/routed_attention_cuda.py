@@ -14,7 +14,7 @@ TILE = KERNELS / "attention_tile/tile.cuh"
 SOURCES = {
     "routing": [KERNELS / "top_k_routing/k_best.cuh", KERNELS / "top_k_routing/top_k_routing.cu"],
     "attention": [TILE, KERNELS / "routed_attention/routed_attention.cu", KERNELS / "routed_attention/query_gradient.cu",
-                  KERNELS / "routed_attention/query_gradient_sm90.cu"],
+                  KERNELS / "routed_attention/query_gradient_sm90.cu", KERNELS / "routed_attention/forward_sm90.cu"],
     "keys": [TILE, KERNELS / "routed_attention/routed_keys.cu", KERNELS / "routed_attention/key_gradients.cu"],
 }
 ARCH = "sm_90a"  # Or compute_80, for the path of older cards.
@@ -219,7 +219,12 @@ class Routed:
         return function("keys", name, HEAD_DIM=self.d)
 
     def fwd(self, q, k, v, scores):
-        launch(*self.attention("fwd"), q, k, v, scores if self.biased else None, self.indices, self.tau, self.lens, self.o, self.lse, self.t, self.g,
+        rows = self.every * self.group
+        kernel = self.attention("fwd")
+        if self.d == 64 and ARCH == "sm_90a" and rows % 192 == 0:
+            grid = (self.n_blocks * (rows // 192), self.g, self.b)
+            kernel = function("attention", "routed_attention_fwd_sm90", HEAD_DIM=64), grid, 384, 192 * 128 + 4 * (2 * 64 * 128 + 16 + 4 * 64)
+        launch(*kernel, q, k, v, scores if self.biased else None, self.indices, self.tau, self.lens, self.o, self.lse, self.t, self.g,
                self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature, *self.division)
 
     def bwd_dq(self, dout, q, k, v, scores):

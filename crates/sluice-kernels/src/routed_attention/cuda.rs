@@ -29,7 +29,7 @@ struct Width {
 }
 
 const WIDTH_64: Width = Width {
-    attention: source!("routed_attention", 64, "routed_attention.cu", "query_gradient.cu"),
+    attention: source!("routed_attention", 64, "routed_attention.cu", "query_gradient.cu", "forward_sm90.cu"),
     keys: source!("key_gradients", 64, "routed_keys.cu", "key_gradients.cu"),
     rows: 64,
     head_dim: 64,
@@ -130,6 +130,17 @@ impl<'a> Call<'a> {
         unsafe { launch(self.gpu, &width.attention, name, grid, width.threads(), shared as u32, &args) };
     }
 
+    /// `routed_attention_fwd_sm90`, which takes blocks of queries with a multiple of 192 rows.
+    fn fwd_sm90(&self, args: &[Arg]) {
+        let (width, Dims { b, g, .. }) = (self.width, *self.dims);
+        let grid = [self.routing.n_blocks * (self.rows_of_block() / 192), g, b];
+        // Three tiles of q; four steps with a tile of keys and one of values, two barriers, and biases.
+        let shared = width.tile(192) + 4 * (2 * width.tile(KEYS) + 16 + 4 * KEYS);
+        let args: Vec<Arg> = args.iter().copied().chain(self.sizes()).collect();
+        // SAFETY: as above.
+        unsafe { launch(self.gpu, &width.attention, "routed_attention_fwd_sm90", grid, 384, shared as u32, &args) };
+    }
+
     /// `routed_attention_dq_sm90`: a block of threads stays on every multiprocessor.
     fn dq_sm90(&self, args: &[Arg]) {
         let (width, Dims { b, g, .. }) = (self.width, *self.dims);
@@ -144,7 +155,12 @@ impl<'a> Call<'a> {
 
     /// Tiles of rows of a KV head.
     fn tiles_of_rows(&self) -> usize {
-        self.routing.n_blocks * (self.routing.route_every * self.dims.group()).div_ceil(self.width.rows)
+        self.routing.n_blocks * self.rows_of_block().div_ceil(self.width.rows)
+    }
+
+    /// Rows of a block of queries and a KV head.
+    fn rows_of_block(&self) -> usize {
+        self.routing.route_every * self.dims.group()
     }
 
     /// The numbers at the end of a kernel with tiles of rows.
@@ -188,7 +204,11 @@ pub(super) fn fwd(
         act_mut(&mut o),
         (&mut lse).into(),
     ];
-    call.by_rows("routed_attention_fwd", 1, 4, &args);
+    if dims.d == 64 && gpu.arch() == "sm_90a" && call.rows_of_block() % 192 == 0 {
+        call.fwd_sm90(&args);
+    } else {
+        call.by_rows("routed_attention_fwd", 1, 4, &args);
+    }
     (o.to_dtype(q.dtype()), lse)
 }
 
