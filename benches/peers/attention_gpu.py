@@ -52,6 +52,7 @@ CASES = [
     # Logits so far apart that the first keys' largest says nothing about the others'.
     case(w=128, k=256, r=64, bias=False, steep=60.0),
     case(w=128, k=100, r=64, lens=[1000, 333], steep=60.0),
+    case(shape=LARGE, w=128, k=100, r=64, lens=[1000, 333], steep=60.0),
     # Routing by chunks, and what precedes them in one group and in several.
     case(t=6000, shape=(1, 1, 64), w=128, k=256, r=100, ties=True, lens=[6000, 4500]),
     case(t=20000, shape=(1, 1, 64), w=128, k=256, r=512, bias=False),

@@ -219,11 +219,10 @@ class Routed:
         return function("keys", name, HEAD_DIM=self.d)
 
     def fwd(self, q, k, v, scores):
-        rows = self.every * self.group
-        kernel = self.attention("fwd")
-        if self.d == 64 and ARCH == "sm_90a" and rows % 192 == 0:
-            grid = (self.n_blocks * (rows // 192), self.g, self.b)
-            kernel = function("attention", "routed_attention_fwd_sm90", HEAD_DIM=64), grid, 384, 192 * 128 + 4 * (2 * 64 * 128 + 16 + 4 * 64)
+        kernel, rows, tile = self.attention("fwd"), self.every * self.group, 192 if self.d == 64 else 128
+        if ARCH == "sm_90a" and rows % tile == 0:
+            shared = 2 * tile * self.d + (4 if self.d == 64 else 2) * (4 * 64 * self.d + 16 + 4 * 64)
+            kernel = function("attention", "routed_attention_fwd_sm90", HEAD_DIM=self.d), (self.n_blocks * (rows // tile), self.g, self.b), 2 * tile, shared
         launch(*kernel, q, k, v, scores if self.biased else None, self.indices, self.tau, self.lens, self.o, self.lse, self.t, self.g,
                self.n_blocks, self.n_places, self.window, self.every, self.inverse_temperature, *self.division)
 

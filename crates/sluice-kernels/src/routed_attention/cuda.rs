@@ -25,6 +25,8 @@ struct Width {
     keys: KernelSource,
     /// Rows of a tile forward and for dq.
     rows: usize,
+    /// Rows of a tile in `forward_sm90.cu`.
+    rows_sm90: usize,
     head_dim: usize,
 }
 
@@ -32,13 +34,15 @@ const WIDTH_64: Width = Width {
     attention: source!("routed_attention", 64, "routed_attention.cu", "query_gradient.cu", "forward_sm90.cu"),
     keys: source!("key_gradients", 64, "routed_keys.cu", "key_gradients.cu"),
     rows: 64,
+    rows_sm90: 192,
     head_dim: 64,
 };
 
 const WIDTH_128: Width = Width {
-    attention: source!("routed_attention", 128, "routed_attention.cu", "query_gradient.cu", "query_gradient_sm90.cu"),
+    attention: source!("routed_attention", 128, "routed_attention.cu", "query_gradient.cu", "forward_sm90.cu", "query_gradient_sm90.cu"),
     keys: source!("key_gradients", 128, "routed_keys.cu", "key_gradients.cu"),
     rows: 128,
+    rows_sm90: 128,
     head_dim: 128,
 };
 
@@ -130,15 +134,17 @@ impl<'a> Call<'a> {
         unsafe { launch(self.gpu, &width.attention, name, grid, width.threads(), shared as u32, &args) };
     }
 
-    /// `routed_attention_fwd_sm90`, which takes blocks of queries with a multiple of 192 rows.
+    /// `routed_attention_fwd_sm90`, which takes blocks of queries whose rows fill its tiles.
     fn fwd_sm90(&self, args: &[Arg]) {
         let (width, Dims { b, g, .. }) = (self.width, *self.dims);
-        let grid = [self.routing.n_blocks * (self.rows_of_block() / 192), g, b];
-        // Three tiles of q; four steps with a tile of keys and one of values, two barriers, and biases.
-        let shared = width.tile(192) + 4 * (2 * width.tile(KEYS) + 16 + 4 * KEYS);
+        let grid = [self.routing.n_blocks * (self.rows_of_block() / width.rows_sm90), g, b];
+        // Tiles of q; for some steps a tile of keys and one of values, two barriers, and biases.
+        let steps = if width.head_dim == 64 { 4 } else { 2 };
+        let shared = width.tile(width.rows_sm90) + steps * (2 * width.tile(KEYS) + 16 + 4 * KEYS);
         let args: Vec<Arg> = args.iter().copied().chain(self.sizes()).collect();
+        let threads = 2 * width.rows_sm90 as u32;
         // SAFETY: as above.
-        unsafe { launch(self.gpu, &width.attention, "routed_attention_fwd_sm90", grid, 384, shared as u32, &args) };
+        unsafe { launch(self.gpu, &width.attention, "routed_attention_fwd_sm90", grid, threads, shared as u32, &args) };
     }
 
     /// `routed_attention_dq_sm90`: a block of threads stays on every multiprocessor.
@@ -204,7 +210,7 @@ pub(super) fn fwd(
         act_mut(&mut o),
         (&mut lse).into(),
     ];
-    if dims.d == 64 && gpu.arch() == "sm_90a" && call.rows_of_block() % 192 == 0 {
+    if gpu.arch() == "sm_90a" && call.rows_of_block().is_multiple_of(call.width.rows_sm90) {
         call.fwd_sm90(&args);
     } else {
         call.by_rows("routed_attention_fwd", 1, 4, &args);

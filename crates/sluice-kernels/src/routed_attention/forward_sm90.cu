@@ -1,23 +1,23 @@
-// Routed attention by blocks of queries: the forward pass on Hopper for heads of 64 where a block of queries has 192 rows
-// or a multiple of that. Follows routed_attention.cu, which computes the same everywhere.
+// Routed attention by blocks of queries: the forward pass on Hopper where the rows of a block of queries fill whole tiles of
+// 192 (heads of 64) or 128 (heads of 128). Follows routed_attention.cu, which computes the same everywhere.
 //
-// Three warpgroups of 64 rows read tiles of keys that come once for all of them. They take turns in asking for copies;
-// barriers say which tiles are there and which are free, so one may be a step ahead of another. Two blocks of threads fit
-// a multiprocessor with 80 registers a thread, so a warpgroup has the logits of 32 keys at once.
+// Warpgroups of 64 rows read tiles of keys that come once for all of them. They take turns in asking for copies; barriers
+// say which tiles are there and which are free, so one may be a step ahead of another. Two blocks of threads fit a
+// multiprocessor; for heads of 64 that leaves 80 registers a thread, so a thread has the logits of 32 keys at once.
 //
 // Local keys come first: where they are is known without the list, of which a step reads its part when it asks for copies.
 // The largest logit of a row's first keys stands for that of all. A sum of weights that grows too large says that it does
 // not, and then the block of threads begins again with maxima that follow.
 //
-// Grid: x = n_blocks * rows of a block / 192, y = KV heads, z = batch.
+// Grid: x = n_blocks * tiles of a block, y = KV heads, z = batch.
 
-#if WGMMA && HEAD_DIM == 64
+#if WGMMA
 
 namespace forward {
 
-constexpr int WARPGROUPS = 3, ROWS = WARPGROUPS * 64, THREADS = WARPGROUPS * 128;
-constexpr int STAGES = 4, AHEAD = 2;    // Steps whose tiles are there at once; how far ahead copies are asked for.
-constexpr int COLUMNS = 32;             // Keys whose logits a thread holds.
+constexpr int WARPGROUPS = D == 64 ? 3 : 2, ROWS = WARPGROUPS * 64, THREADS = WARPGROUPS * 128;
+constexpr int STAGES = D == 64 ? 4 : 2, AHEAD = STAGES / 2;     // Steps whose tiles are there at once; how far ahead copies are asked for.
+constexpr int COLUMNS = D == 64 ? 32 : 64;                      // Keys whose logits a thread holds.
 constexpr int TILE = 64 * D * 2, PIECES = D / 8, STRIDE = 128 / PIECES, COPIES = KEYS / STRIDE;
 constexpr float LARGEST_SUM = 1.8446744e19f;  // 2^64.
 
@@ -87,24 +87,21 @@ __device__ __forceinline__ float gate_bias(float score, float tau, float inverse
 __device__ __forceinline__ Place place_here(const int* lens, int T, int every, Group group) {
     Place p;
     // Most blocks of queries have one tile, and a division takes long.
-    const int tiles = every * group.n / forward::ROWS, block = tiles == 1 ? blockIdx.x : blockIdx.x / tiles;
-    const int tile = (blockIdx.x - block * tiles) * forward::ROWS, len = same_in_warp(lens[blockIdx.z]);
+    const int tiles = every * group.n / ROWS, block = tiles == 1 ? blockIdx.x : blockIdx.x / tiles;
+    const int tile = (blockIdx.x - block * tiles) * ROWS, len = same_in_warp(lens[blockIdx.z]);
     p.group = group;
     p.block = block, p.g = blockIdx.y, p.b = blockIdx.z;
     p.begin = p.block * every;
     p.first_row = p.begin * group.n + tile;
-    p.n_padded = min(forward::ROWS, min(every, T - p.begin) * group.n - tile);
-    p.n_rows = min(forward::ROWS, min(every, len - p.begin) * group.n - tile);
+    p.n_padded = min(ROWS, min(every, T - p.begin) * group.n - tile);
+    p.n_rows = min(ROWS, min(every, len - p.begin) * group.n - tile);
     return p;
 }
 
-}  // namespace forward
-
 // As `routed_attention_fwd`.
-extern "C" __global__ __launch_bounds__(forward::THREADS, 2) void routed_attention_fwd_sm90(
+extern "C" __global__ __launch_bounds__(THREADS, 2) void routed_attention_fwd_sm90(
     const bf16* q, const bf16* k, const bf16* v, const float* scores, const int* indices, const float* tau, const int* lens, bf16* o, float* lse, int T, int G,
     int n_blocks, int n_places, int window, int every, float inverse_temperature, int group, u32 reciprocal) {
-    using namespace forward;
     extern __shared__ __align__(1024) unsigned char shared[];
     const Place p = place_here(lens, T, every, {group, reciprocal});
     if (p.n_padded <= 0) return;
@@ -112,10 +109,10 @@ extern "C" __global__ __launch_bounds__(forward::THREADS, 2) void routed_attenti
     const u32 first_at = ((u32)p.b * T * G + p.g) * group + p.first_row, between = (G - 1) * group;
     const auto at = [&](int row) { return first_at + row + p.query(row) * between; };
     const auto clear_padding = [&] {
-        for (int i = max(0, p.n_rows) * PIECES + threadIdx.x; i < p.n_padded * PIECES; i += forward::THREADS) {
+        for (int i = max(0, p.n_rows) * PIECES + threadIdx.x; i < p.n_padded * PIECES; i += THREADS) {
             *(uint4*)(o + (u64)at(i / PIECES) * D + i % PIECES * 8) = make_uint4(0, 0, 0, 0);
         }
-        for (int i = max(0, p.n_rows) + threadIdx.x; i < p.n_padded; i += forward::THREADS) lse[at(i)] = -infinity();
+        for (int i = max(0, p.n_rows) + threadIdx.x; i < p.n_padded; i += THREADS) lse[at(i)] = -infinity();
     };
     if (p.n_rows <= 0) {
         clear_padding();
@@ -127,7 +124,7 @@ extern "C" __global__ __launch_bounds__(forward::THREADS, 2) void routed_attenti
     float* biases = (float*)(shared + Shared::bias);
     if (threadIdx.x == 0) {
 #pragma unroll 1
-        for (int i = 0; i < STAGES; i++) barrier_init(full + i * 8, scores ? 256 : 128), barrier_init(empty + i * 8, forward::THREADS / 32);
+        for (int i = 0; i < STAGES; i++) barrier_init(full + i * 8, scores ? 256 : 128), barrier_init(empty + i * 8, THREADS / 32);
     }
     __syncthreads();
 
@@ -192,7 +189,7 @@ extern "C" __global__ __launch_bounds__(forward::THREADS, 2) void routed_attenti
             // Before the products, as registers are few while they run.
             if (step + AHEAD < steps) {
                 if (turn == me) fetch(step + AHEAD, asked_stage, asked_parity);
-                if (++turn == forward::WARPGROUPS) turn = 0;
+                if (++turn == WARPGROUPS) turn = 0;
                 if (++asked_stage == STAGES) asked_stage = 0, asked_parity ^= 1;
             }
             if (step < 0) continue;
@@ -297,5 +294,7 @@ extern "C" __global__ __launch_bounds__(forward::THREADS, 2) void routed_attenti
     }
     if (p.n_rows < p.n_padded) clear_padding();
 }
+
+}  // namespace forward
 
 #endif
