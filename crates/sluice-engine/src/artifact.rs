@@ -399,8 +399,7 @@ struct AlignedBytes(MmapMut);
 impl AlignedBytes {
     fn zeros(len: usize) -> io::Result<Self> {
         let bytes = MmapMut::map_anon(len)?;
-        // A token reads all weights: with pages of 4 KiB looking up addresses costs as much as a good part of the reading. A system that has no large
-        // pages does without.
+        // A token reads all weights, and large pages make that a few percent faster (LOG.md). A system that has none does without.
         #[cfg(target_os = "linux")]
         let _ = bytes.advise(memmap2::Advice::HugePage);
         Ok(Self(bytes))

@@ -18,6 +18,7 @@ struct Shared {
     float top[2][ROWS], delta[2][ROWS];     // Log sum in units of log2, infinite for padding; sum of dout * o.
     float bias[STAGES][KEYS];
 };
+static_assert(sizeof(Shared) == 2904, "cuda.rs counts on this");
 
 __device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
