@@ -114,8 +114,9 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
     const u32 v_tiles = k_tiles + STAGES * Layout::key_tile;
     Shared& state = *(Shared*)(shared + 4 * Layout::row_tile + 2 * STAGES * Layout::key_tile);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 2; i++) barrier_init(state.rows_full + i, 2), barrier_init(state.rows_empty + i, WARPGROUPS * 4);
-        for (int i = 0; i < STAGES; i++) barrier_init(state.keys_full + i, 64 + 2), barrier_init(state.keys_empty + i, WARPGROUPS * 4);
+        // Every thread arrives for itself, and those who copy keys once more with their copies.
+        for (int i = 0; i < 2; i++) barrier_init(state.rows_full + i, 64), barrier_init(state.rows_empty + i, THREADS);
+        for (int i = 0; i < STAGES; i++) barrier_init(state.keys_full + i, 2 * 64), barrier_init(state.keys_empty + i, THREADS);
     }
     __syncthreads();
     const int lane = threadIdx.x % 32;
@@ -175,8 +176,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                         }
                     }
                 }
-                __syncwarp();
-                if (lane == 0) barrier_arrive(state.rows_full + row_turn.at);
+                barrier_arrive(state.rows_full + row_turn.at);
                 row_turn.next();
             }
         } else {
@@ -209,8 +209,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                         const float beta = fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
                         state.bias[turn.at][place] = s == infinity() || tau_b == -infinity() ? 0.0f : beta * sqrtf((float)D);
                     }
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(state.keys_full + turn.at);
+                    barrier_arrive(state.keys_full + turn.at);
                     turn.next();
                 }
             }
@@ -266,7 +265,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
             turn.next();
             for (int step = 1; step < steps; step++) {
                 products_wait<0>();
-                if (step > 1 && lane == 0) barrier_arrive(state.keys_empty + (before == 0 ? STAGES - 1 : before - 1));
+                if (step > 1) barrier_arrive(state.keys_empty + (before == 0 ? STAGES - 1 : before - 1));
                 keys_wait();
                 to_fragments<KEYS>(factors, s);
                 start();
@@ -278,13 +277,13 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                 turn.next();
             }
             products_wait<0>();
-            if (steps > 1 && lane == 0) barrier_arrive(state.keys_empty + (before == 0 ? STAGES - 1 : before - 1));
+            if (steps > 1) barrier_arrive(state.keys_empty + (before == 0 ? STAGES - 1 : before - 1));
             to_fragments<KEYS>(factors, s);
             products_begin();
             product_with_tile<KEYS, D>(out, factors, k_tiles + before * Layout::key_tile);
             products_commit();
             products_wait<0>();
-            if (lane == 0) barrier_arrive(state.keys_empty + before);
+            barrier_arrive(state.keys_empty + before);
             // The rows of q that this warpgroup has read become its rows of dq.
             unsigned char* result = shared + row_turn.at * Layout::row_tile;
             barrier_of<128>(mine + 2);
@@ -297,8 +296,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                 if (to >= p.n_rows) x = make_uint4(0, 0, 0, 0);
                 if (to < p.n_padded) *(uint4*)(dq + (u64)p.at(to, T, G) * D + piece * 8) = x;
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(state.rows_empty + row_turn.at);
+            barrier_arrive(state.rows_empty + row_turn.at);
             row_turn.next();
         }
     }
