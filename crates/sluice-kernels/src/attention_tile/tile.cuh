@@ -1,6 +1,6 @@
-// Tiles of bf16 rows in shared memory and the matrix products between them; what both attention sources build on.
-// Compiled with HEAD_DIM, 64 or 128.
-// Knows nothing about masks, softmax or routing. Needs no header, so that NVRTC compiles it without a toolkit.
+// Tiles of bf16 rows in shared memory, the matrix products between them and the softmax of their results; what the
+// attention sources build on. Compiled with HEAD_DIM, 64 or 128.
+// Knows nothing about masks or routing. Needs no header, so that NVRTC compiles it without a toolkit.
 //
 // A tile of R rows and D columns is D/64 panels of R rows of 128 bytes. The eight 16-byte pieces of a row are
 // permuted by the row number, so that neither reading along nor across the rows meets a bank twice; it is the
@@ -85,6 +85,27 @@ __device__ __forceinline__ void copies_wait() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
+
+#if WGMMA
+
+// Barriers in shared memory that count phases, by their address. A phase ends when so many threads have arrived.
+__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+
+// Arrive when all copies that this thread has asked for have come.
+__device__ __forceinline__ void barrier_arrive_with_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Wait for the end of a phase; the one before the first has ended with parity 1.
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile("{\n.reg .pred over;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n@!over bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+#endif
 
 // Byte offset of a 16-byte piece in a tile.
 template <int ROWS>
@@ -305,4 +326,64 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(0xffffffffu, x, 1);
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Logits of a thread's two rows become weights: 2^(logit * scale - top), with `scale` and `top` in units of log2. The sums grow by them.
+template <int N>
+__device__ __forceinline__ void exponentials(float (&s)[N][4], float scale, float top0, float top1, float& sum0, float& sum1) {
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        s[j][0] = exp2_fast(s[j][0] * scale - top0);
+        s[j][1] = exp2_fast(s[j][1] * scale - top0);
+        s[j][2] = exp2_fast(s[j][2] * scale - top1);
+        s[j][3] = exp2_fast(s[j][3] * scale - top1);
+        sum0 += s[j][0] + s[j][1];
+        sum1 += s[j][2] + s[j][3];
+    }
+}
+
+// Softmax of a thread's two rows over keys that come in steps: what earlier steps added up shrinks when a maximum grows.
+struct OnlineSoftmax {
+    float max0 = -infinity(), max1 = -infinity(), sum0 = 0.0f, sum1 = 0.0f, shrink0, shrink1;
+
+    // Logits of a step become weights. The first step must hold a key that the row sees, so that the maxima are finite.
+    template <int N>
+    __device__ __forceinline__ void weigh(float (&s)[N][4], float scale) {
+        float new0 = max0, new1 = max1;
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            new0 = fmaxf(new0, fmaxf(s[j][0], s[j][1]));
+            new1 = fmaxf(new1, fmaxf(s[j][2], s[j][3]));
+        }
+        new0 = quad_max(new0), new1 = quad_max(new1);
+        const float top0 = new0 * scale, top1 = new1 * scale;
+        shrink0 = exp2_fast(max0 * scale - top0), shrink1 = exp2_fast(max1 * scale - top1);
+        max0 = new0, max1 = new1;
+        sum0 *= shrink0, sum1 *= shrink1;
+        exponentials(s, scale, top0, top1, sum0, sum1);
+    }
+
+    // What the weights of earlier steps gave. Maxima settle after a few steps.
+    template <int N>
+    __device__ __forceinline__ void shrink(float (&out)[N][4]) const {
+        if (!__any_sync(0xffffffffu, shrink0 != 1.0f || shrink1 != 1.0f)) return;
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            out[j][0] *= shrink0, out[j][1] *= shrink0;
+            out[j][2] *= shrink1, out[j][3] *= shrink1;
+        }
+    }
+};
+
+// Logits of a thread's two rows become their gradients, weight * (ds - delta); `ds` are the products of dout and values, `top` log sums
+// in units of log2.
+template <int N>
+__device__ __forceinline__ void logits_to_gradients(float (&s)[N][4], const float (&ds)[N][4], float scale, float top0, float top1, float delta0, float delta1) {
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        s[j][0] = exp2_fast(s[j][0] * scale - top0) * (ds[j][0] - delta0);
+        s[j][1] = exp2_fast(s[j][1] * scale - top0) * (ds[j][1] - delta0);
+        s[j][2] = exp2_fast(s[j][2] * scale - top1) * (ds[j][2] - delta1);
+        s[j][3] = exp2_fast(s[j][3] * scale - top1) * (ds[j][3] - delta1);
+    }
 }

@@ -103,48 +103,20 @@ extern "C" __global__ __launch_bounds__(FWD_WARPGROUPS * 128, FWD_CTAS) void den
     const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, first_masked = p.first_masked(), warpgroup_row = warpgroup() * 64;
     const int last0 = p.last_key(row), last1 = p.last_key(row + 8);
     const float scale = LOG2E * rsqrtf((float)D);
-    float out[D / 8][4] = {}, max0 = -infinity(), max1 = -infinity(), sum0 = 0.0f, sum1 = 0.0f, shrink0, shrink1;
+    float out[D / 8][4] = {};
+    OnlineSoftmax softmax;  // The first step holds a key that the row sees.
     float s[KEYS / 8][4];
     u32 weights[KEYS / 16][4];
 
-    // Online softmax; the first step holds a key that the row sees, so the maxima are finite.
-    const auto softmax = [&](int step) {
+    const auto weigh = [&](int step) {
         if (step >= first_masked) mask(s, step, last0, last1);
-        float new0 = max0, new1 = max1;
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-            new0 = fmaxf(new0, fmaxf(s[j][0], s[j][1]));
-            new1 = fmaxf(new1, fmaxf(s[j][2], s[j][3]));
-        }
-        new0 = quad_max(new0), new1 = quad_max(new1);
-        const float top0 = new0 * scale, top1 = new1 * scale;
-        shrink0 = exp2_fast(max0 * scale - top0), shrink1 = exp2_fast(max1 * scale - top1);
-        max0 = new0, max1 = new1;
-        sum0 *= shrink0, sum1 *= shrink1;
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-            s[j][0] = exp2_fast(s[j][0] * scale - top0);
-            s[j][1] = exp2_fast(s[j][1] * scale - top0);
-            s[j][2] = exp2_fast(s[j][2] * scale - top1);
-            s[j][3] = exp2_fast(s[j][3] * scale - top1);
-            sum0 += s[j][0] + s[j][1];
-            sum1 += s[j][2] + s[j][3];
-        }
-    };
-    // Maxima settle after a few steps.
-    const auto rescale = [&]() {
-        if (!__any_sync(0xffffffffu, shrink0 != 1.0f || shrink1 != 1.0f)) return;
-#pragma unroll
-        for (int j = 0; j < D / 8; j++) {
-            out[j][0] *= shrink0, out[j][1] *= shrink0;
-            out[j][2] *= shrink1, out[j][3] *= shrink1;
-        }
+        softmax.weigh(s, scale);
     };
     products_begin();
     product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(0));
     products_commit();
     products_wait<0>();
-    softmax(0);
+    weigh(0);
     for (int step = 1; step < steps; step++) {
         // The wait for the product of the turn before stands here, a branch away from the work that runs beside that
         // product: within one straight piece of code the compiler puts the wait first.
@@ -152,7 +124,7 @@ extern "C" __global__ __launch_bounds__(FWD_WARPGROUPS * 128, FWD_CTAS) void den
         copies_wait<0>();
         __syncthreads();
         to_fragments<KEYS>(weights, s);
-        rescale();
+        softmax.shrink(out);
         fetch(step + 1);
         products_begin();
         product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
@@ -160,23 +132,23 @@ extern "C" __global__ __launch_bounds__(FWD_WARPGROUPS * 128, FWD_CTAS) void den
         product_with_tile<KEYS, D>(out, weights, v_tile(step - 1));
         products_commit();
         products_wait<1>();
-        softmax(step);
+        weigh(step);
     }
     products_wait<0>();
     copies_wait<0>();
     __syncthreads();
     to_fragments<KEYS>(weights, s);
-    rescale();
+    softmax.shrink(out);
     products_begin();
     product_with_tile<KEYS, D>(out, weights, v_tile(steps - 1));
     products_commit();
     products_wait<0>();
-    sum0 = quad_sum(sum0), sum1 = quad_sum(sum1);
+    const float sum0 = quad_sum(softmax.sum0), sum1 = quad_sum(softmax.sum1);
     // The rows of a warp in the tile of queries are its own.
     accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, 1.0f / sum0, 1.0f / sum1);
     if (threadIdx.x % 4 == 0) {
-        if (row < p.n_rows) lse[p.at(row)] = (max0 * scale + log2f(sum0)) / LOG2E;
-        if (row + 8 < p.n_rows) lse[p.at(row + 8)] = (max1 * scale + log2f(sum1)) / LOG2E;
+        if (row < p.n_rows) lse[p.at(row)] = (softmax.max0 * scale + log2f(sum0)) / LOG2E;
+        if (row + 8 < p.n_rows) lse[p.at(row + 8)] = (softmax.max1 * scale + log2f(sum1)) / LOG2E;
     }
     __syncthreads();
     store_rows<ROWS, D, THREADS>(shared, o, p.n_rows, [&](int i) { return p.at(i); });
@@ -234,13 +206,7 @@ extern "C" __global__ __launch_bounds__(DQ_WARPGROUPS * 128, DQ_CTAS) void dense
     };
     const auto logit_gradients = [&](int step) {
         if (step >= first_masked) mask(s, step, last0, last1);
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-            s[j][0] = exp2_fast(s[j][0] * scale - top0) * (ds[j][0] - delta0);
-            s[j][1] = exp2_fast(s[j][1] * scale - top0) * (ds[j][1] - delta0);
-            s[j][2] = exp2_fast(s[j][2] * scale - top1) * (ds[j][2] - delta1);
-            s[j][3] = exp2_fast(s[j][3] * scale - top1) * (ds[j][3] - delta1);
-        }
+        logits_to_gradients(s, ds, scale, top0, top1, delta0, delta1);
     };
     begin(0);
     products_wait<0>();

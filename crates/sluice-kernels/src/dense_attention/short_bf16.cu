@@ -21,18 +21,6 @@ __device__ __forceinline__ void mask(float (&s)[KEYS / 8][4], int first, int len
     }
 }
 
-__device__ __forceinline__ void exponentials(float (&s)[KEYS / 8][4], float scale, float top0, float top1, float& sum0, float& sum1) {
-#pragma unroll
-    for (int j = 0; j < KEYS / 8; j++) {
-        s[j][0] = exp2_fast(s[j][0] * scale - top0);
-        s[j][1] = exp2_fast(s[j][1] * scale - top0);
-        s[j][2] = exp2_fast(s[j][2] * scale - top1);
-        s[j][3] = exp2_fast(s[j][3] * scale - top1);
-        sum0 += s[j][0] + s[j][1];
-        sum1 += s[j][2] + s[j][3];
-    }
-}
-
 // o [B, T, H, D]. `stride`: heads from a token to the next in q, k and v.
 extern "C" __global__ __launch_bounds__(THREADS, 2) void short_bf16_fwd(const bf16* q, const bf16* k, const bf16* v, const int* lens, bf16* o, int stride, int B, int T, int H) {
     extern __shared__ __align__(1024) unsigned char shared[];

@@ -26,22 +26,6 @@ struct Shared {
     static constexpr int q = 0, ring = q + WARPGROUPS * TILE, full = ring + STAGES * 2 * TILE, empty = full + STAGES * 8, bias = empty + STAGES * 8;
 };
 
-__device__ __forceinline__ void barrier_init(u32 barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
-
-// Arrive when all copies that this thread asked for have come.
-__device__ __forceinline__ void barrier_arrive_with_copies(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// Wait for the end of a phase; the one before the first has ended with parity 1.
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile("{\n.reg .pred over;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n@!over bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
-}
-
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory"); }
 
 // A value that all threads of a warp have, in a form in which the compiler knows it: what follows from it is computed once
@@ -253,15 +237,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void routed_attention_fwd_sm
                         }
                     }
                     u32 weights[COLUMNS / 16][4];
-#pragma unroll
-                    for (int j = 0; j < COLUMNS / 8; j++) {
-                        s[j][0] = exp2_fast(s[j][0] * scale - top0);
-                        s[j][1] = exp2_fast(s[j][1] * scale - top0);
-                        s[j][2] = exp2_fast(s[j][2] * scale - top1);
-                        s[j][3] = exp2_fast(s[j][3] * scale - top1);
-                        sum0 += s[j][0] + s[j][1];
-                        sum1 += s[j][2] + s[j][3];
-                    }
+                    exponentials(s, scale, top0, top1, sum0, sum1);
                     to_fragments<COLUMNS>(weights, s);
                     products_begin();
                     product_with_tile<COLUMNS, D>(out, weights, k_tile + TILE + part * (COLUMNS * 128));

@@ -90,13 +90,7 @@ extern "C" __global__ __launch_bounds__(THREADS, DQ_CTAS) void routed_attention_
     };
     const auto logit_gradients = [&](int step) {
         bias_and_mask(s, keys, bias, step, first_masked, limit0, limit1);
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-            s[j][0] = exp2_fast(s[j][0] * scale - top0) * (ds[j][0] - delta0);
-            s[j][1] = exp2_fast(s[j][1] * scale - top0) * (ds[j][1] - delta0);
-            s[j][2] = exp2_fast(s[j][2] * scale - top1) * (ds[j][2] - delta1);
-            s[j][3] = exp2_fast(s[j][3] * scale - top1) * (ds[j][3] - delta1);
-        }
+        logits_to_gradients(s, ds, scale, top0, top1, delta0, delta1);
     };
     start(0);
     products_wait<0>();

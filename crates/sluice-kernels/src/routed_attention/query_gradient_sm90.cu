@@ -13,31 +13,12 @@ constexpr int STAGES = 3;   // Tiles of keys and of values.
 
 // What follows two tiles of q, two of dout and STAGES of keys and of values in shared memory; cuda.rs knows its size.
 struct Shared {
-    u64 rows_full[2], rows_empty[2], keys_full[STAGES], keys_empty[STAGES];
+    u64 rows_full[2], rows_empty[2], keys_full[STAGES], keys_empty[STAGES];     // Barriers.
     int n_routed[2];
     float top[2][ROWS], delta[2][ROWS];     // Log sum in units of log2, infinite for padding; sum of dout * o.
     float bias[STAGES][KEYS];
 };
 static_assert(sizeof(Shared) == 2904, "cuda.rs counts on this");
-
-__device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// Wait for the end of a phase; the one before the first has ended with parity 1.
-__device__ __forceinline__ void barrier_wait(u64* barrier, int parity) {
-    asm volatile("{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra again;\ndone:\n}" ::"r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
-}
-
-// Arrive when all copies that this thread has asked for are there.
-__device__ __forceinline__ void barrier_arrive_with_copies(u64* barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
 
 // A barrier of N threads, by number; with a count of those who say yes.
 template <int N>
@@ -113,10 +94,12 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
     const u32 q_tiles = shared_address(shared), dout_tiles = q_tiles + 2 * Layout::row_tile, k_tiles = dout_tiles + 2 * Layout::row_tile;
     const u32 v_tiles = k_tiles + STAGES * Layout::key_tile;
     Shared& state = *(Shared*)(shared + 4 * Layout::row_tile + 2 * STAGES * Layout::key_tile);
+    const u32 rows_full = shared_address(state.rows_full), rows_empty = shared_address(state.rows_empty), keys_full = shared_address(state.keys_full);
+    const u32 keys_empty = shared_address(state.keys_empty);
     if (threadIdx.x == 0) {
         // Every thread arrives for itself, and those who copy keys once more with their copies.
-        for (int i = 0; i < 2; i++) barrier_init(state.rows_full + i, 64), barrier_init(state.rows_empty + i, THREADS);
-        for (int i = 0; i < STAGES; i++) barrier_init(state.keys_full + i, 2 * 64), barrier_init(state.keys_empty + i, THREADS);
+        for (int i = 0; i < 2; i++) barrier_init(rows_full + 8 * i, 64), barrier_init(rows_empty + 8 * i, THREADS);
+        for (int i = 0; i < STAGES; i++) barrier_init(keys_full + 8 * i, 2 * 64), barrier_init(keys_empty + 8 * i, THREADS);
     }
     __syncthreads();
     const int lane = threadIdx.x % 32;
@@ -132,7 +115,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                     for (int i = threadIdx.x; i < p.n_padded; i += 64) delta[p.at(i, T, G)] = 0.0f;
                     continue;
                 }
-                barrier_wait(state.rows_empty + row_turn.at, row_turn.parity ^ 1);
+                barrier_wait(rows_empty + 8 * row_turn.at, row_turn.parity ^ 1);
                 copy_rows_64<ROWS>(q_tiles + row_turn.at * Layout::row_tile, q, dout_tiles + row_turn.at * Layout::row_tile, dout, threadIdx.x,
                                       [&](int i, int) { return p.at(min(i, p.n_rows - 1), T, G); });
                 copies_commit();
@@ -176,7 +159,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                         }
                     }
                 }
-                barrier_arrive(state.rows_full + row_turn.at);
+                barrier_arrive(rows_full + 8 * row_turn.at);
                 row_turn.next();
             }
         } else {
@@ -190,7 +173,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                 const int* list = indices + at * n_places;
                 const float tau_b = scores ? tau[at] : 0.0f;
                 int routed = place < n_places ? list[place] : -1;
-                barrier_wait(state.rows_full + row_turn.at, row_turn.parity);
+                barrier_wait(rows_full + 8 * row_turn.at, row_turn.parity);
                 const Keys keys = keys_of(p, state.n_routed[row_turn.at], window);
                 row_turn.next();
                 for (int step = 0; step * KEYS < keys.n; step++) {
@@ -198,10 +181,10 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                     const u32 mine = ((u32)p.b * T + (slot < keys.n_routed ? routed : slot - keys.n_routed + keys.first_local)) * G + p.g;
                     const bool is_routed = slot < keys.n_routed;
                     routed = slot + KEYS < keys.n_routed ? list[slot + KEYS] : 0;
-                    barrier_wait(state.keys_empty + turn.at, turn.parity ^ 1);
+                    barrier_wait(keys_empty + 8 * turn.at, turn.parity ^ 1);
                     copy_rows_64<KEYS>(k_tiles + turn.at * Layout::key_tile, k, v_tiles + turn.at * Layout::key_tile, v, threadIdx.x - 64,
                                        [&](int, int i) { return __shfl_sync(0xffffffffu, mine, i * AT_ONCE + lane / LANES); });
-                    barrier_arrive_with_copies(state.keys_full + turn.at);
+                    barrier_arrive_with_copies(keys_full + 8 * turn.at);
                     if (scores && is_routed) {
                         const float s = scores[mine];
                         const float x = (s - tau_b) * inverse_temperature;
@@ -209,7 +192,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                         const float beta = fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
                         state.bias[turn.at][place] = s == infinity() || tau_b == -infinity() ? 0.0f : beta * sqrtf((float)D);
                     }
-                    barrier_arrive(state.keys_full + turn.at);
+                    barrier_arrive(keys_full + 8 * turn.at);
                     turn.next();
                 }
             }
@@ -225,7 +208,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                 for (int i = thread; i < p.n_padded * (D / 8); i += WARPGROUPS * 128) *(uint4*)(dq + (u64)p.at(i / (D / 8), T, G) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
                 continue;
             }
-            barrier_wait(state.rows_full + row_turn.at, row_turn.parity);
+            barrier_wait(rows_full + 8 * row_turn.at, row_turn.parity);
             const Keys keys = keys_of(p, state.n_routed[row_turn.at], window);
             const int steps = (keys.n + KEYS - 1) / KEYS;
             const u32 q_tile = q_tiles + row_turn.at * Layout::row_tile, dout_tile = dout_tiles + row_turn.at * Layout::row_tile;
@@ -238,7 +221,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
             u32 factors[KEYS / 16][4];
             // The fence shows to the matrix unit what others have copied.
             const auto keys_wait = [&]() {
-                barrier_wait(state.keys_full + turn.at, turn.parity);
+                barrier_wait(keys_full + 8 * turn.at, turn.parity);
                 asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
             };
             const auto start = [&]() {
@@ -249,13 +232,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
             };
             const auto logit_gradients = [&](int step) {
                 bias_and_mask(s, keys, scores ? state.bias[turn.at] - step * KEYS : nullptr, step, first_masked, limit0, limit1);
-#pragma unroll
-                for (int j = 0; j < KEYS / 8; j++) {
-                    s[j][0] = exp2_fast(s[j][0] * scale - top0) * (ds[j][0] - delta0);
-                    s[j][1] = exp2_fast(s[j][1] * scale - top0) * (ds[j][1] - delta0);
-                    s[j][2] = exp2_fast(s[j][2] * scale - top1) * (ds[j][2] - delta1);
-                    s[j][3] = exp2_fast(s[j][3] * scale - top1) * (ds[j][3] - delta1);
-                }
+                logits_to_gradients(s, ds, scale, top0, top1, delta0, delta1);
             };
             keys_wait();
             start();
@@ -265,7 +242,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
             turn.next();
             for (int step = 1; step < steps; step++) {
                 products_wait<0>();
-                if (step > 1) barrier_arrive(state.keys_empty + (before == 0 ? STAGES - 1 : before - 1));
+                if (step > 1) barrier_arrive(keys_empty + 8 * (before == 0 ? STAGES - 1 : before - 1));
                 keys_wait();
                 to_fragments<KEYS>(factors, s);
                 start();
@@ -277,13 +254,13 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                 turn.next();
             }
             products_wait<0>();
-            if (steps > 1) barrier_arrive(state.keys_empty + (before == 0 ? STAGES - 1 : before - 1));
+            if (steps > 1) barrier_arrive(keys_empty + 8 * (before == 0 ? STAGES - 1 : before - 1));
             to_fragments<KEYS>(factors, s);
             products_begin();
             product_with_tile<KEYS, D>(out, factors, k_tiles + before * Layout::key_tile);
             products_commit();
             products_wait<0>();
-            barrier_arrive(state.keys_empty + before);
+            barrier_arrive(keys_empty + 8 * before);
             // The rows of q that this warpgroup has read become its rows of dq.
             unsigned char* result = shared + row_turn.at * Layout::row_tile;
             barrier_of<128>(mine + 2);
@@ -296,7 +273,7 @@ extern "C" __global__ __launch_bounds__(128 + THREADS, 1) void routed_attention_
                 if (to >= p.n_rows) x = make_uint4(0, 0, 0, 0);
                 if (to < p.n_padded) *(uint4*)(dq + (u64)p.at(to, T, G) * D + piece * 8) = x;
             }
-            barrier_arrive(state.rows_empty + row_turn.at);
+            barrier_arrive(rows_empty + 8 * row_turn.at);
             row_turn.next();
         }
     }

@@ -171,33 +171,9 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
     const int limit0 = last_slot(p, keys, row), limit1 = last_slot(p, keys, row + 8);
     const int first_masked = (last_slot(p, keys, 0) + 1) / KEYS;
     const float scale = LOG2E * rsqrtf((float)D);
-    float out[D / 8][4] = {}, max0 = -infinity(), max1 = -infinity(), sum0 = 0.0f, sum1 = 0.0f, shrink0, shrink1;
-
-    // Online softmax; the first step holds a key that the row sees, so the maxima are finite.
+    float out[D / 8][4] = {};
+    OnlineSoftmax softmax;  // The first step holds a key that the row sees.
     Logits s;
-    const auto softmax = [&](int step) {
-        bias_and_mask(s, keys, bias, step, first_masked, limit0, limit1);
-        float new0 = max0, new1 = max1;
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-            new0 = fmaxf(new0, fmaxf(s[j][0], s[j][1]));
-            new1 = fmaxf(new1, fmaxf(s[j][2], s[j][3]));
-        }
-        new0 = quad_max(new0), new1 = quad_max(new1);
-        const float top0 = new0 * scale, top1 = new1 * scale;
-        shrink0 = exp2_fast(max0 * scale - top0), shrink1 = exp2_fast(max1 * scale - top1);
-        max0 = new0, max1 = new1;
-        sum0 *= shrink0, sum1 *= shrink1;
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-            s[j][0] = exp2_fast(s[j][0] * scale - top0);
-            s[j][1] = exp2_fast(s[j][1] * scale - top0);
-            s[j][2] = exp2_fast(s[j][2] * scale - top1);
-            s[j][3] = exp2_fast(s[j][3] * scale - top1);
-            sum0 += s[j][0] + s[j][1];
-            sum1 += s[j][2] + s[j][3];
-        }
-    };
     for (int step = 0; step < steps; step++) {
         copies_wait<0>();
         __syncthreads();
@@ -206,28 +182,22 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
         products_commit();
         fetch(step + 1);
         products_wait<0>();
-        softmax(step);
+        bias_and_mask(s, keys, bias, step, first_masked, limit0, limit1);
+        softmax.weigh(s, scale);
         u32 weights[KEYS / 16][4];
         to_fragments<KEYS>(weights, s);
-        // Maxima settle after a few steps.
-        if (__any_sync(0xffffffffu, shrink0 != 1.0f || shrink1 != 1.0f)) {
-#pragma unroll
-            for (int j = 0; j < D / 8; j++) {
-                out[j][0] *= shrink0, out[j][1] *= shrink0;
-                out[j][2] *= shrink1, out[j][3] *= shrink1;
-            }
-        }
+        softmax.shrink(out);
         products_begin();
         product_with_tile<KEYS, D>(out, weights, v_tile(step));
         products_commit();
         products_wait<0>();
     }
-    sum0 = quad_sum(sum0), sum1 = quad_sum(sum1);
+    const float sum0 = quad_sum(softmax.sum0), sum1 = quad_sum(softmax.sum1);
     __syncthreads();
     accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, 1.0f / sum0, 1.0f / sum1);
     if (lane % 4 == 0) {
-        if (row < p.n_rows) lse[p.at(row, T, G)] = (max0 * scale + log2f(sum0)) / LOG2E;
-        if (row + 8 < p.n_rows) lse[p.at(row + 8, T, G)] = (max1 * scale + log2f(sum1)) / LOG2E;
+        if (row < p.n_rows) lse[p.at(row, T, G)] = (softmax.max0 * scale + log2f(sum0)) / LOG2E;
+        if (row + 8 < p.n_rows) lse[p.at(row + 8, T, G)] = (softmax.max1 * scale + log2f(sum1)) / LOG2E;
     }
     __syncthreads();
     store_rows<ROWS, D, THREADS>(shared, o, p.n_rows, [&](int i) { return p.at(i, T, G); });
