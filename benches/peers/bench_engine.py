@@ -1,4 +1,4 @@
-"""Decode and prefill speed of llama.cpp (Q8_0, flash attention) and of the int8 engine, in turn, on the same file requantised.
+"""Decode and prefill speed of llama.cpp (Q8_0, with flash attention and without) and of the int8 engine, in turn, on the same file requantised.
 
     .venv/bin/python benches/peers/bench_engine.py --gguf M.gguf --artifact DIR --sluice target/release/sluice --context 512 2048 8192
 
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 
+PLAIN = "llama.cpp without flash attention"
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -34,16 +35,17 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benches/results/engine_cpu.json")
     parser.add_argument("--candle", help="candle's quantised llama as well (benches/peers/candle-llama); its contexts end at 4,096")
     parser.add_argument("--llama-one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--no-flash-attention", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.llama_one:
-        print(json.dumps(llama(args.gguf, args.llama_one, args.tokens, args.threads)))
+        print(json.dumps(llama(args.gguf, args.llama_one, args.tokens, args.threads, not args.no_flash_attention)))
         return
     q8 = requantise(args.gguf, args.work)
     rows = []
     for context in args.context:
         runs = [one_run(args, q8, context) for _ in range(args.runs if context < 8192 else 1)]
         row = {"context": context, "runs": runs}
-        peers = [name for name in ["llama.cpp", "candle"] if name in runs[0]]
+        peers = [name for name in ["llama.cpp", PLAIN, "candle"] if name in runs[0]]
         for key in ["prefill", "decode"]:
             row[key] = {name: median(run[name][key] for run in runs) for name in ["sluice", *peers]}
             row[key]["ratio"] = {name: median(run["sluice"][key] / run[name][key] for run in runs) for name in peers}
@@ -60,6 +62,8 @@ def one_run(args, q8, context):
     prefill = sluice(args, "prefill", context)
     command = [sys.executable, __file__, "--gguf", q8, "--artifact", "-", "--llama-one", context, "--tokens", args.tokens, "--threads", args.threads]
     theirs = undisturbed(command, args.allow_others)
+    # On some processors llama.cpp decodes faster without.
+    plain = undisturbed([*command, "--no-flash-attention"], args.allow_others)
     ours = {
         "prefill": prefill["rows"][0]["prefill_tokens_per_second"],
         "decode": decode["rows"][0]["decode_tokens_per_second"],
@@ -67,8 +71,8 @@ def one_run(args, q8, context):
         "resident_bytes": decode["rows"][0]["resident_bytes"],
         "instructions": decode["instructions"],
     }
-    others = {"decode": decode["others"], "prefill": prefill["others"], "llama.cpp": theirs.pop("others")}
-    run = {"sluice": ours, "llama.cpp": theirs, "share_of_the_machine_used_by_others": others}
+    others = {"decode": decode["others"], "prefill": prefill["others"], "llama.cpp": theirs.pop("others"), PLAIN: plain.pop("others")}
+    run = {"sluice": ours, "llama.cpp": theirs, PLAIN: plain, "share_of_the_machine_used_by_others": others}
     if args.candle and context + args.tokens <= 4096:
         os.environ["RAYON_NUM_THREADS"] = str(args.threads)
         run["candle"] = undisturbed([args.candle, q8, context, args.tokens], args.allow_others)
@@ -114,11 +118,11 @@ def busy_seconds():
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def llama(gguf, context, steps, threads):
+def llama(gguf, context, steps, threads, flash_attention):
     import llama_cpp
 
     llm = llama_cpp.Llama(
-        gguf, n_ctx=context + steps + 8, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False
+        gguf, n_ctx=context + steps + 8, n_batch=512, n_ubatch=512, n_threads=threads, n_threads_batch=threads, flash_attn=flash_attention, verbose=False
     )
     # Any ids do: neither program's speed depends on them.
     ids = [100 + i * 7919 % 40000 for i in range(context + steps)]
