@@ -1,6 +1,8 @@
 """The chat page in a real browser: a message is answered, the strip is drawn, keyboard and a phone's width work.
 
 usage: chat_page.py URL [SCREENSHOT.png]
+The model must remember fewer tokens than the question has (about 120), or every cell of the strip has one colour:
+`sluice quantize --model M --top-k 32 --window 32 --route-every 16 --out DIR`.
 Needs the package `playwright` and a Chromium (CHROMIUM, or else /usr/bin/chromium); exits with 77 without them.
 """
 
@@ -60,7 +62,7 @@ def main(url, screenshot=None):
             "() => { const c = document.getElementById('cells'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
             "const s = new Set(); for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 250) s.add(d[i] + ',' + d[i + 1] + ',' + d[i + 2]); return s.size; }"
         )
-        assert colours > 1, f"{colours} colours"
+        assert colours > 1, f"one colour: {label}; the model must remember fewer tokens than the question has"
         page.locator("#cells").focus()
         page.keyboard.press("ArrowRight")
         assert "layers" in page.locator("#token").inner_text()
