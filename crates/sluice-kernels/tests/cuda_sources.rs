@@ -31,8 +31,10 @@ fn collect(folder: &Path, sources: &mut Vec<KernelSource>) {
             let leak = |text: String| -> &'static str { Box::leak(text.into_boxed_str()) };
             let name = path.file_stem().expect("a name").to_string_lossy().into_owned();
             let code = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-            if let Some(whole) = after_tile(&path) {
-                for head_dim in [64, 128] {
+            let whole = with_what_it_follows(&path);
+            let widths = [("Compiled with HEAD_DIM, 64 or 128.", [64, 128]), ("Compiled with HEAD_DIM, 32 or 64.", [32, 64])];
+            if let Some((_, widths)) = widths.into_iter().find(|(says, _)| whole.contains(says)) {
+                for head_dim in widths {
                     let whole = format!("#define HEAD_DIM {head_dim}\n{whole}");
                     sources.push(KernelSource { name: leak(format!("{name}_{head_dim}")), code: leak(whole) });
                 }
@@ -40,33 +42,26 @@ fn collect(folder: &Path, sources: &mut Vec<KernelSource>) {
                 let first = path.with_file_name("k_best.cuh");
                 let first = std::fs::read_to_string(&first).unwrap_or_else(|e| panic!("{}: {e}", first.display()));
                 sources.push(KernelSource { name: leak(name), code: leak(format!("{first}\n{code}")) });
-            } else if code.contains("Compiled with HEAD_DIM, 32 or 64.") {
-                for head_dim in [32, 64] {
-                    let whole = format!("#define HEAD_DIM {head_dim}\n{code}");
-                    sources.push(KernelSource { name: leak(format!("{name}_{head_dim}")), code: leak(whole) });
-                }
             } else if code.contains("act*") {
                 for format in ["float", "u16"] {
                     let whole = format!("typedef {format} act;\n{code}");
                     sources.push(KernelSource { name: leak(format!("{name}_{format}")), code: leak(whole) });
                 }
             } else {
-                sources.push(KernelSource { name: leak(name), code: leak(code) });
+                sources.push(KernelSource { name: leak(name), code: leak(whole) });
             }
         }
     }
 }
 
-/// A source behind what its first lines say that it follows, if that begins with `attention_tile/tile.cuh`.
-fn after_tile(path: &Path) -> Option<String> {
+/// A source behind the files that its first lines say it follows: files beside it or, with a folder, of `src`.
+fn with_what_it_follows(path: &Path) -> String {
     let code = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let (_, rest) = code.split_once("Follows ")?;
-    let name = rest.split([' ', ',', ';', '\n']).next()?.trim_end_matches('.');
-    let before = if name == "attention_tile/tile.cuh" {
-        let tile = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(name);
-        std::fs::read_to_string(&tile).unwrap_or_else(|e| panic!("{}: {e}", tile.display()))
-    } else {
-        after_tile(&path.with_file_name(name))?
-    };
-    Some(format!("{before}\n{code}"))
+    let names = code.split_once("Follows ").map_or("", |(_, rest)| rest.split([',', ';', '\n']).next().unwrap_or_default());
+    let files = names.split(" and ").filter(|name| !name.is_empty()).map(|name| {
+        let name = name.trim_end_matches('.');
+        if name.contains('/') { Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(name) } else { path.with_file_name(name) }
+    });
+    let before: String = files.map(|file| with_what_it_follows(&file) + "\n").collect();
+    before + &code
 }

@@ -3,7 +3,7 @@
 
 use sluice_autograd::Param;
 use sluice_kernels::dense_attention::Lens;
-use sluice_kernels::routed_attention;
+use sluice_kernels::routed_attention::{self, PlacedRouting};
 use sluice_kernels::top_k_routing::{self, Budget};
 use sluice_kernels::{dense_attention, embedding, gelu_mlp, layer_norm, linear, mean_pool};
 use sluice_spec::EncoderConfig;
@@ -86,9 +86,15 @@ impl TextBatch {
 pub enum EncoderAttention {
     /// Every token of its text.
     Dense,
-    /// Those within `window - 1` positions on either side, and the `top_k` tokens of its text with the largest scores. There are no trained gates for encoders, so
-    /// all scores are equal, which keeps the first `n_sink` and the last tokens: for speed, not for meaning. In main memory only.
+    /// The `window` positions centred on it, and the `top_k` tokens of its text with the largest scores. There are no trained gates for encoders, so
+    /// all scores are equal, which keeps the first `n_sink` and the last tokens: for speed, not for meaning.
     Routed(Budget),
+}
+
+/// The same for a batch, on the device of the layers: one for all of them.
+enum Seen {
+    Dense(Lens),
+    Routed(PlacedRouting),
 }
 
 impl Encoder {
@@ -151,9 +157,15 @@ impl Encoder {
     #[track_caller]
     pub fn forward(&self, batch: &TextBatch, attention: EncoderAttention) -> Tensor {
         let mut h = self.embed(batch); // [B, T, M]
-        let lens = Lens::new(&batch.lens, &self.device());
+        let seen = match attention {
+            EncoderAttention::Dense => Seen::Dense(Lens::new(&batch.lens, &self.device())),
+            EncoderAttention::Routed(budget) => {
+                let scores = Tensor::zeros_on(&self.device(), [batch.lens.len(), batch.width(), self.config.n_heads]); // [B, T, H]
+                Seen::Routed(top_k_routing::route_bidirectional_in_place(&scores, &batch.lens, &budget))
+            }
+        };
         for layer in &self.layers {
-            h = layer.forward(&h, batch, &lens, &self.config, attention);
+            h = layer.forward(&h, &seen, &self.config);
         }
         h
     }
@@ -204,17 +216,13 @@ impl Encoder {
 }
 
 impl EncoderLayer {
-    fn forward(&self, h: &Tensor, batch: &TextBatch, lens: &Lens, config: &EncoderConfig, attention: EncoderAttention) -> Tensor {
+    fn forward(&self, h: &Tensor, seen: &Seen, config: &EncoderConfig) -> Tensor {
         let [b, t, m] = h.dims();
         let qkv = linear::fwd_narrow_bias(h, &self.qkv.weight.value, bias(&self.qkv)).reshape([b, t, 3, config.n_heads, config.head_dim()]);
-        let o = match attention {
-            EncoderAttention::Dense => dense_attention::fwd_packed(&qkv, lens), // [B, T, H, D]
-            EncoderAttention::Routed(budget) => {
-                let [q, k, v] = dense_attention::unpack(&qkv); // [B, T, H, D]
-                let scores = Tensor::zeros([b, t, config.n_heads]);
-                let routing = top_k_routing::route_bidirectional(&scores, &batch.lens, &budget);
-                routed_attention::fwd(&q, &k, &v, None, &routing).0
-            }
+        // [B, T, H, D]
+        let o = match seen {
+            Seen::Dense(lens) => dense_attention::fwd_packed(&qkv, lens),
+            Seen::Routed(routing) => routed_attention::fwd_packed(&qkv, routing),
         };
         let block = linear::fwd(&o.reshape([b, t, m]), &self.out.weight.value, None); // [B, T, M]
         let h = self.attention_norm.of_sum(&block, bias(&self.out), h, config.norm_eps);

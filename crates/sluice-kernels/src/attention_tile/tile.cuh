@@ -343,10 +343,11 @@ __device__ __forceinline__ void exponentials(float (&s)[N][4], float scale, floa
 }
 
 // Softmax of a thread's two rows over keys that come in steps: what earlier steps added up shrinks when a maximum grows.
+// Maxima begin below any logit, but finite: a row may see nothing in its first steps.
 struct OnlineSoftmax {
-    float max0 = -infinity(), max1 = -infinity(), sum0 = 0.0f, sum1 = 0.0f, shrink0, shrink1;
+    float max0 = -3e38f, max1 = -3e38f, sum0 = 0.0f, sum1 = 0.0f, shrink0, shrink1;
 
-    // Logits of a step become weights. The first step must hold a key that the row sees, so that the maxima are finite.
+    // Logits of a step become weights.
     template <int N>
     __device__ __forceinline__ void weigh(float (&s)[N][4], float scale) {
         float new0 = max0, new1 = max1;

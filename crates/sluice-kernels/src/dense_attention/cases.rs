@@ -150,7 +150,7 @@ pub(crate) fn run(check: &mut Check<'_>) {
 }
 
 /// `[B, T, 3, H, D]` of three `[B, T, H, D]`.
-fn packed(parts: [&Tensor; 3]) -> Tensor {
+pub(crate) fn packed(parts: [&Tensor; 3]) -> Tensor {
     let [b, t, h, d] = parts[0].dims();
     let row = |i: usize| parts.into_iter().flat_map(move |part| &part.f32()[i * h * d..(i + 1) * h * d]);
     Tensor::from_vec((0..b * t).flat_map(row).copied().collect(), [b, t, 3, h, d])

@@ -12,7 +12,10 @@ use crate::launch::{THREADS, act, act_mut, formats, of_format, output, over_elem
 use crate::routed_attention::Dims;
 use crate::routed_attention::gpu_routing::upload_lens;
 
-const SOURCE: KernelSource = KernelSource { name: "dense_attention", code: include_str!("dense_attention.cu") };
+const SOURCE: KernelSource = KernelSource {
+    name: "dense_attention",
+    code: concat!(include_str!("../attention_tile/walk_f32.cuh"), "\n", include_str!("dense_attention.cu")),
+};
 
 static UNPACK: [KernelSource; 2] = formats!("unpack", "unpack.cu");
 

@@ -1,9 +1,5 @@
-// Dense attention in f32 on the plain cores: for every head width up to 128 and for the f32 and TF32 modes. [T, S] exists one tile
-// at a time (FlashAttention-2, arXiv 2307.08691): the forward keeps a running maximum and sum per row, the backward recomputes.
-//
-// 256 threads are 16 x 16; thread (ty, tx) has rows ty * R + i and columns tx + 16 j of every product. Every sum has one order.
-
-constexpr u32 THREADS = 256;
+// Dense attention in f32 on the plain cores: for every head width up to 128 and for the f32 and TF32 modes. Follows attention_tile/walk_f32.cuh.
+// [T, S] exists one tile at a time: the forward keeps a running maximum and sum per row, the backward recomputes. Every sum has one order.
 
 // As `start`: every query sees every valid key.
 constexpr u32 WHOLE = 1u << 30;
@@ -15,51 +11,10 @@ struct Shape {
     __device__ __forceinline__ u32 end(u32 len) const { return len == 0 || start == WHOLE ? len : start + len; }
 };
 
-// Rows `first..first + n` of head `head` of x [B, rows, heads, d] into tile [N][W + 1], zeros beyond: rows that nobody may see may be NaN.
+// Rows `first..first + n` of head `head` of x [B, rows, heads, d] into a tile.
 template <int N, int W>
 __device__ __forceinline__ void load(float* tile, const float* __restrict__ x, u32 b, u32 rows, u32 heads, u32 head, u32 d, u32 first, u32 n) {
-    for (u32 i = threadIdx.x; i < N * W; i += THREADS) {
-        const u32 r = i / W, c = i % W;
-        tile[r * (W + 1) + c] = r < n && c < d ? x[(((u64)b * rows + first + r) * heads + head) * d + c] : 0.f;
-    }
-}
-
-// out[i][j] = sum_c a[ty R + i][c] b[tx + 16 j][c]
-template <int W, int R, int C>
-__device__ __forceinline__ void product_nt(float (&out)[R][C], const float* a, const float* b, u32 ty, u32 tx) {
-#pragma unroll
-    for (int i = 0; i < R; i++)
-#pragma unroll
-        for (int j = 0; j < C; j++) out[i][j] = 0.f;
-#pragma unroll 8
-    for (int c = 0; c < W; c++) {
-        float x[R], y[C];
-#pragma unroll
-        for (int i = 0; i < R; i++) x[i] = a[(ty * R + i) * (W + 1) + c];
-#pragma unroll
-        for (int j = 0; j < C; j++) y[j] = b[(tx + 16 * j) * (W + 1) + c];
-#pragma unroll
-        for (int i = 0; i < R; i++)
-#pragma unroll
-            for (int j = 0; j < C; j++) out[i][j] = fmaf(x[i], y[j], out[i][j]);
-    }
-}
-
-// out[i][j] += sum_k a[ty R + i][k] b[k][tx + 16 j], a [.][K + 1], b [K][W + 1]
-template <int K, int W, int R, int C>
-__device__ __forceinline__ void add_product_nn(float (&out)[R][C], const float* a, const float* b, u32 ty, u32 tx) {
-#pragma unroll 4
-    for (int k = 0; k < K; k++) {
-        float x[R], y[C];
-#pragma unroll
-        for (int i = 0; i < R; i++) x[i] = a[(ty * R + i) * (K + 1) + k];
-#pragma unroll
-        for (int j = 0; j < C; j++) y[j] = b[k * (W + 1) + tx + 16 * j];
-#pragma unroll
-        for (int i = 0; i < R; i++)
-#pragma unroll
-            for (int j = 0; j < C; j++) out[i][j] = fmaf(x[i], y[j], out[i][j]);
-    }
+    load_rows<N, W>(tile, x, d, n, [&](u32 i) { return ((u64)b * rows + first + i) * heads + head; });
 }
 
 // out[i][j] += sum_q a[q][ty R + i] b[q][tx + 16 j], a [Q][K + 1], b [Q][W + 1]
@@ -79,85 +34,18 @@ __device__ __forceinline__ void add_product_tn(float (&out)[R][C], const float* 
     }
 }
 
-__device__ __forceinline__ float sum16(float x) {
-#pragma unroll
-    for (int d = 8; d > 0; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
-    return x;
-}
-
-__device__ __forceinline__ float max16(float x) {
-#pragma unroll
-    for (int d = 8; d > 0; d >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
-    return x;
-}
-
-// Grid: tiles of Q queries, heads, batch. Shared: Q and K rows of W + 1, Q rows of K + 1.
+// Grid: tiles of Q queries, heads, batch.
 template <int W, int Q, int K>
 __device__ __forceinline__ void forward(const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,
                                         const u32* __restrict__ lens, float* __restrict__ o, float* __restrict__ lse, Shape p) {
-    constexpr int R = Q / 16, C = K / 16, D = W / 16;
     extern __shared__ float shared[];
-    float *tile_q = shared, *tile_kv = tile_q + Q * (W + 1), *tile_p = tile_kv + K * (W + 1);
-    const u32 ty = threadIdx.x >> 4, tx = threadIdx.x & 15;
     const u32 b = blockIdx.z, head = blockIdx.y, g = head / (p.h / p.g), first = (gridDim.x - 1 - blockIdx.x) * Q;
     const u32 len = lens[b], n = first < len ? min((u32)Q, len - first) : 0;  // valid queries of the tile
-    const float scale = rsqrtf((float)p.d);
-    float out[R][D], top[R], sum[R];
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-        top[i] = -INF, sum[i] = 0.f;
-#pragma unroll
-        for (int j = 0; j < D; j++) out[i][j] = 0.f;
-    }
-    load<Q, W>(tile_q, q, b, p.t, p.h, head, p.d, first, n);
     const u32 n_keys = n ? min(p.start + first + n, p.end(len)) : 0;
-    for (u32 key = 0; key < n_keys; key += K) {
-        const u32 n_here = min((u32)K, n_keys - key);
-        __syncthreads();
-        load<K, W>(tile_kv, k, b, p.s, p.g, g, p.d, key, n_here);
-        __syncthreads();
-        float z[R][C];
-        product_nt<W>(z, tile_q, tile_kv, ty, tx);
-#pragma unroll
-        for (int i = 0; i < R; i++) {
-            const u32 position = p.start + first + ty * R + i;
-            float most = top[i];
-#pragma unroll
-            for (int j = 0; j < C; j++) {
-                z[i][j] = key + tx + 16 * j <= position && tx + 16 * j < n_here ? z[i][j] * scale : -INF;
-                most = fmaxf(most, z[i][j]);
-            }
-            most = max16(most);
-            // Every row sees key 0 in the first step, so `most` is a number from then on.
-            const float keep = expf(top[i] - most);
-            float more = 0.f;
-#pragma unroll
-            for (int j = 0; j < C; j++) {
-                const float a = expf(z[i][j] - most);
-                more += a;
-                tile_p[(ty * R + i) * (K + 1) + tx + 16 * j] = a;
-            }
-            sum[i] = sum[i] * keep + sum16(more);
-            top[i] = most;
-#pragma unroll
-            for (int j = 0; j < D; j++) out[i][j] *= keep;
-        }
-        __syncthreads();
-        load<K, W>(tile_kv, v, b, p.s, p.g, g, p.d, key, n_here);
-        __syncthreads();
-        add_product_nn<K, W>(out, tile_p, tile_kv, ty, tx);
-    }
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-        const u32 t = first + ty * R + i;
-        if (t >= p.t) continue;
-        const u64 row = ((u64)b * p.t + t) * p.h + head;
-        const bool valid = t < len;
-        if (tx == 0) lse[row] = valid ? top[i] + logf(sum[i]) : -INF;
-#pragma unroll
-        for (int j = 0; j < D; j++)
-            if (tx + 16 * j < p.d) o[row * p.d + tx + 16 * j] = valid ? out[i][j] / sum[i] : 0.f;
-    }
+    const auto at = [&](u32 i) { return ((u64)b * p.t + first + i) * p.h + head; };
+    walk_over_keys<W, Q, K>(
+        shared, q, k, v, o, lse, p.d, n, min((u32)Q, p.t - first), n_keys, at, [&](u32 slot) { return ((u64)b * p.s + slot) * p.g + g; },
+        [&](u32 i, u32 slot) { return slot <= p.start + first + i; }, at);
 }
 
 // delta = dout . o per row; 0 for padding, whose dout may be anything. One warp per row.

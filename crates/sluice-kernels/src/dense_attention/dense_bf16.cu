@@ -1,17 +1,12 @@
-// Dense attention on tensor cores: factors bf16, sums and softmax f32. Follows attention_tile/tile.cuh.
+// Dense attention on tensor cores: factors bf16, sums and softmax f32. Follows attention_tile/walk.cuh.
 //
 // A row is one query of one head; rows of a KV head are ordered by query, then head, so that a tile of rows meets every key
-// once for all heads that share it, and only its last steps are masked. Copies run a step ahead of the products, the first
-// product of a step a step ahead of the last one, so that the matrix unit works while a warp computes weights (FlashAttention-3,
-// section 3.2). Gradients of keys keep 64 keys a warpgroup in place and visit the queries that see them, head after head.
-// No atomics: every sum has one order.
+// once for all heads that share it, and only its last steps are masked. Gradients of keys keep 64 keys a warpgroup in place and
+// visit the queries that see them, head after head. No atomics: every sum has one order.
 //
 // Query `i` stands at position `start + i`; keys are numbered by position. With `start` = WHOLE (an encoder, forward only) every query sees
 // every valid key. Grid: x = sequences times KV heads, y = tiles, the
 // longest first. Tiles of no valid query write zeros.
-
-constexpr int KEYS = 64;
-constexpr int KEY_TILE = KEYS * D * 2;
 
 // Warpgroups of a block, and blocks that must fit a multiprocessor: the fastest of those tried on an H100.
 constexpr int FWD_WARPGROUPS = D == 64 ? 2 : 3, FWD_CTAS = D == 64 ? 2 : 1;
@@ -56,7 +51,7 @@ struct Place {
 };
 
 // Hide the keys of a step that a thread's two rows do not see.
-__device__ __forceinline__ void mask(float (&s)[KEYS / 8][4], int step, int last0, int last1) {
+__device__ __forceinline__ void mask(Logits& s, int step, int last0, int last1) {
     const int column = step * KEYS + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < KEYS / 8; j++) {
@@ -68,90 +63,22 @@ __device__ __forceinline__ void mask(float (&s)[KEYS / 8][4], int step, int last
     }
 }
 
-// `x [.., D]` and one number a row for the rows that are padding.
-template <int ROWS, int THREADS>
-__device__ __forceinline__ void write_padding(const Place<ROWS>& p, bf16* x, float* y, float value) {
-    const int begin = max(p.n_rows, 0);
-    for (int i = begin * (D / 8) + threadIdx.x; i < p.n_padded * (D / 8); i += THREADS) *(uint4*)(x + (u64)p.at(i / (D / 8)) * D + i % (D / 8) * 8) = make_uint4(0, 0, 0, 0);
-    for (int i = begin + threadIdx.x; i < p.n_padded; i += THREADS) y[p.at(i)] = value;
-}
-
 // o [B, T, H, D] and lse [B, T, H] (natural logarithm). `rows` is 3 where q, k and v are rows of one matrix [B, T, 3, H, D], otherwise 1.
 extern "C" __global__ __launch_bounds__(FWD_WARPGROUPS * 128, FWD_CTAS) void dense_bf16_fwd(const bf16* q, const bf16* k, const bf16* v, const int* lens, bf16* o, float* lse,
                                                                                  int rows, int T, int S, int G, int start, int group, u32 reciprocal) {
     constexpr int ROWS = FWD_WARPGROUPS * 64, THREADS = FWD_WARPGROUPS * 128;
     extern __shared__ __align__(1024) unsigned char shared[];
     const Place<ROWS> p({T, S, G, start, {group, reciprocal}, rows * G}, lens);
-    write_padding<ROWS, THREADS>(p, o, lse, -infinity());
+    write_padding<THREADS>(o, lse, -infinity(), p.n_rows, p.n_padded, [&](int i) { return p.at(i); });
     if (p.n_rows <= 0) return;
-    const u32 q_tile = shared_address(shared), kv = q_tile + ROWS * D * 2;
-    const auto k_tile = [&](int step) { return kv + step % 2 * KEY_TILE; };
-    const auto v_tile = [&](int step) { return kv + (2 + step % 2) * KEY_TILE; };
-    const int steps = (p.n_keys + KEYS - 1) / KEYS;
-    // The keys of a step, and the values of the one before.
-    const auto fetch = [&](int step) {
-        if (step < steps) copy_rows<KEYS, D, THREADS>(k_tile(step), k, [&](int i) { return p.key(step, i); });
-        if (step > 0) copy_rows<KEYS, D, THREADS>(v_tile(step - 1), v, [&](int i) { return p.key(step - 1, i); });
-        copies_commit();
-    };
-    copy_rows<ROWS, D, THREADS>(q_tile, q, [&](int i) { return p.row_to_load(i); });
-    fetch(0);
-    fetch(1);
-    copies_wait<1>();
-    __syncthreads();
-
-    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, first_masked = p.first_masked(), warpgroup_row = warpgroup() * 64;
-    const int last0 = p.last_key(row), last1 = p.last_key(row + 8);
-    const float scale = LOG2E * rsqrtf((float)D);
-    float out[D / 8][4] = {};
-    OnlineSoftmax softmax;  // The first step holds a key that the row sees.
-    float s[KEYS / 8][4];
-    u32 weights[KEYS / 16][4];
-
-    const auto weigh = [&](int step) {
-        if (step >= first_masked) mask(s, step, last0, last1);
-        softmax.weigh(s, scale);
-    };
-    products_begin();
-    product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(0));
-    products_commit();
-    products_wait<0>();
-    weigh(0);
-    for (int step = 1; step < steps; step++) {
-        // The wait for the product of the turn before stands here, a branch away from the work that runs beside that
-        // product: within one straight piece of code the compiler puts the wait first.
-        products_wait<0>();
-        copies_wait<0>();
-        __syncthreads();
-        to_fragments<KEYS>(weights, s);
-        softmax.shrink(out);
-        fetch(step + 1);
-        products_begin();
-        product_of_tiles<D, ROWS, KEYS>(s, q_tile, warpgroup_row, k_tile(step));
-        products_commit();
-        product_with_tile<KEYS, D>(out, weights, v_tile(step - 1));
-        products_commit();
-        products_wait<1>();
-        weigh(step);
-    }
-    products_wait<0>();
-    copies_wait<0>();
-    __syncthreads();
-    to_fragments<KEYS>(weights, s);
-    softmax.shrink(out);
-    products_begin();
-    product_with_tile<KEYS, D>(out, weights, v_tile(steps - 1));
-    products_commit();
-    products_wait<0>();
-    const float sum0 = quad_sum(softmax.sum0), sum1 = quad_sum(softmax.sum1);
-    // The rows of a warp in the tile of queries are its own.
-    accumulators_to_tile<ROWS, D>(shared, threadIdx.x / 32 * 16, out, 1.0f / sum0, 1.0f / sum1);
-    if (threadIdx.x % 4 == 0) {
-        if (row < p.n_rows) lse[p.at(row)] = (softmax.max0 * scale + log2f(sum0)) / LOG2E;
-        if (row + 8 < p.n_rows) lse[p.at(row + 8)] = (softmax.max1 * scale + log2f(sum1)) / LOG2E;
-    }
-    __syncthreads();
-    store_rows<ROWS, D, THREADS>(shared, o, p.n_rows, [&](int i) { return p.at(i); });
+    const int row = row_of_thread(), first_masked = p.first_masked(), last0 = p.last_key(row), last1 = p.last_key(row + 8);
+    walk_over_keys<FWD_WARPGROUPS>(
+        shared, q, k, v, o, lse, (p.n_keys + KEYS - 1) / KEYS, p.n_rows, [&](int i) { return p.row_to_load(i); },
+        [&](int step, int i) { return p.key(step, i); },
+        [&](Logits& s, int step) {
+            if (step >= first_masked) mask(s, step, last0, last1);
+        },
+        [&](int i) { return p.at(i); });
 }
 
 // dq [B, T, H, D], and delta [B, T, H] = sum of dout * o, which the gradients of keys and values need too.
@@ -160,7 +87,7 @@ extern "C" __global__ __launch_bounds__(DQ_WARPGROUPS * 128, DQ_CTAS) void dense
     constexpr int ROWS = DQ_WARPGROUPS * 64, THREADS = DQ_WARPGROUPS * 128;
     extern __shared__ __align__(1024) unsigned char shared[];
     const Place<ROWS> p({T, S, G, start, {group, reciprocal}, G}, lens);
-    write_padding<ROWS, THREADS>(p, dq, delta, 0.0f);
+    write_padding<THREADS>(dq, delta, 0.0f, p.n_rows, p.n_padded, [&](int i) { return p.at(i); });
     if (p.n_rows <= 0) return;
     const u32 q_tile = shared_address(shared), dout_tile = q_tile + ROWS * D * 2, kv = dout_tile + ROWS * D * 2;
     float* deltas = (float*)(shared + 2 * ROWS * D * 2 + 5 * KEY_TILE);
@@ -174,7 +101,7 @@ extern "C" __global__ __launch_bounds__(DQ_WARPGROUPS * 128, DQ_CTAS) void dense
     copy_rows<ROWS, D, THREADS>(q_tile, q, dout_tile, dout, [&](int i) { return p.row_to_load(i); });
     fetch(0);
     fetch(1);
-    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    const int row = row_of_thread();
     // Rows that are padding have no weights.
     const float top0 = row < p.n_rows ? lse[p.at(row)] * LOG2E : infinity(), top1 = row + 8 < p.n_rows ? lse[p.at(row + 8)] * LOG2E : infinity();
     copies_wait<1>();

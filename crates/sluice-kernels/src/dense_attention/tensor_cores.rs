@@ -9,10 +9,10 @@ use crate::launch::{act, act_mut, launch, output};
 use crate::routed_attention::Dims;
 
 macro_rules! source {
-    ($name:literal, $head_dim:literal, $file:literal) => {
+    ($name:literal, $head_dim:literal, $($file:literal),+) => {
         KernelSource {
             name: $name,
-            code: concat!("#define HEAD_DIM ", $head_dim, "\n", include_str!("../attention_tile/tile.cuh"), "\n", include_str!($file)),
+            code: concat!("#define HEAD_DIM ", $head_dim, "\n", include_str!("../attention_tile/tile.cuh") $(, "\n", include_str!($file))+),
         }
     };
 }
@@ -26,8 +26,10 @@ struct Width {
     dkv: usize,
 }
 
-const WIDTH_64: Width = Width { head_dim: 64, source: source!("dense_bf16_64", "64", "dense_bf16.cu"), fwd: 2, dq: 1, dkv: 1 };
-const WIDTH_128: Width = Width { head_dim: 128, source: source!("dense_bf16_128", "128", "dense_bf16.cu"), fwd: 3, dq: 1, dkv: 1 };
+const WIDTH_64: Width =
+    Width { head_dim: 64, source: source!("dense_bf16_64", "64", "../attention_tile/walk.cuh", "dense_bf16.cu"), fwd: 2, dq: 1, dkv: 1 };
+const WIDTH_128: Width =
+    Width { head_dim: 128, source: source!("dense_bf16_128", "128", "../attention_tile/walk.cuh", "dense_bf16.cu"), fwd: 3, dq: 1, dkv: 1 };
 
 static SHORT_64: KernelSource = source!("short_bf16_64", "64", "short_bf16.cu");
 

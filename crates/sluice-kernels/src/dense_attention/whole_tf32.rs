@@ -11,7 +11,17 @@ use crate::routed_attention::Dims;
 
 macro_rules! source {
     ($name:literal, $head_dim:literal) => {
-        KernelSource { name: $name, code: concat!("#define HEAD_DIM ", $head_dim, "\n", include_str!("whole_tf32.cu")) }
+        KernelSource {
+            name: $name,
+            code: concat!(
+                "#define HEAD_DIM ",
+                $head_dim,
+                "\n",
+                include_str!("../attention_tile/walk_tf32.cuh"),
+                "\n",
+                include_str!("whole_tf32.cu")
+            ),
+        }
     };
 }
 

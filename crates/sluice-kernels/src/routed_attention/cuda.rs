@@ -6,7 +6,7 @@ use sluice_tensor::cuda::{Arg, Buffer, Gpu, KernelSource, Precision, or_raise};
 use sluice_tensor::{DType, Tensor};
 
 use super::gpu_routing::GpuRouting;
-use super::{Dims, GateBias, RoutedGrads};
+use super::{Dims, GateBias, RoutedGrads, Visibility, bidirectional};
 use crate::launch::{act, act_mut, launch, optional, output};
 use crate::top_k_routing::Budget;
 
@@ -88,6 +88,7 @@ impl<'a> Call<'a> {
             "routed attention on the GPU rounds its factors to bf16, which precision {} does not allow",
             gpu.precision().name()
         );
+        assert!(routing.visibility == Visibility::Causal, "bidirectional routed attention on the GPU has no backward pass");
         assert_eq!(dims.t, dims.s, "routed attention on the GPU: {} queries and {} keys", dims.t, dims.s);
         // Rows are numbered in 32 bits, and divided by the group with a reciprocal that is exact up to here.
         let group = dims.group();
@@ -196,6 +197,10 @@ pub(super) fn fwd(
     bias: Option<GateBias<'_>>,
     routing: &GpuRouting,
 ) -> (Tensor, Tensor) {
+    if routing.visibility == Visibility::Bidirectional {
+        assert!(bias.is_none(), "bidirectional routed attention on the GPU serves no gate bias");
+        return bidirectional::fwd(gpu, dims, [q, k, v], routing);
+    }
     let call = Call::new(gpu, dims, bias, routing, q.dtype());
     let (mut o, mut lse) = (call.bf16(q.shape()), output(gpu, &q.shape()[..3]));
     let [q16, k16, v16] = [q, k, v].map(|x| x.to_dtype(DType::Bf16));

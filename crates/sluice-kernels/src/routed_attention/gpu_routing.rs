@@ -6,7 +6,7 @@ use sluice_tensor::cuda::{Buffer, Gpu, or_raise};
 
 use super::{Routing, Visibility};
 
-/// A causal [`Routing`] from position 0, whose key rows are positions, in GPU memory.
+/// A [`Routing`] from position 0, whose key rows are positions, in GPU memory.
 pub struct GpuRouting {
     pub(crate) batch: usize,
     pub(crate) n_blocks: usize,
@@ -15,6 +15,7 @@ pub struct GpuRouting {
     pub(crate) window: usize,
     pub(crate) route_every: usize,
     pub(crate) lens: Vec<usize>,
+    pub(crate) visibility: Visibility,
     /// A top-k router chose: what leaves a set never comes back.
     pub(crate) never_returns: bool,
     /// `[B, n_blocks, G, N]` i32.
@@ -30,9 +31,8 @@ impl GpuRouting {
     #[track_caller]
     pub fn upload(gpu: &Arc<Gpu>, routing: &Routing) -> Self {
         assert!(
-            routing.visibility == Visibility::Causal && routing.start == 0 && routing.key_offset == 0,
-            "routed attention on the GPU is causal and begins at position 0; found {:?} from {} with key offset {}",
-            routing.visibility,
+            routing.start == 0 && routing.key_offset == 0,
+            "routed attention on the GPU begins at position 0; found one from {} with key offset {}",
             routing.start,
             routing.key_offset
         );
@@ -44,6 +44,7 @@ impl GpuRouting {
             window: routing.window,
             route_every: routing.route_every,
             lens: routing.lens.clone(),
+            visibility: routing.visibility,
             never_returns: false,
             indices: or_raise(gpu.upload_slice(&routing.indices)),
             tau: or_raise(gpu.upload_slice(&routing.tau)),
@@ -66,7 +67,7 @@ impl GpuRouting {
             start: 0,
             key_offset: 0,
             lens: self.lens.clone(),
-            visibility: Visibility::Causal,
+            visibility: self.visibility,
         }
     }
 }

@@ -12,9 +12,12 @@
 //! KV head `h / (H / G)`. A padding row (`t >= lens[b]`) and a row without keys have `o = 0`, `lse = -inf` and
 //! no gradient. Rows of `k` and `v` that no valid query sees are never read. Time and memory are linear in `T`.
 //!
-//! On a GPU: causal, from position 0, heads of 64 or 128, factors of products rounded to bf16; tensors in f32 or bf16, results
-//! in the format of `q`. A [`Routing`] in main memory is copied there first; the `_on_gpu` functions take one that is there.
+//! On a GPU, from position 0: causal attention with heads of 64 or 128, factors of products rounded to bf16; tensors in f32 or bf16, results
+//! in the format of `q`. Bidirectional attention is forward only and without a gate bias there, with heads of up to 128; factors are rounded to bf16 or
+//! TF32 where the precision allows it and a kernel on tensor cores has the width (64 and 128, or 32 and 64), and are f32 otherwise. A [`Routing`] in main memory is
+//! copied there first; the `_on_gpu` functions take one that is there.
 
+mod bidirectional;
 pub(crate) mod cases;
 mod cpu;
 mod cuda;
@@ -28,6 +31,7 @@ mod tiles;
 
 use sluice_tensor::Tensor;
 
+use crate::dense_attention;
 use crate::top_k_routing::Budget;
 
 pub use gpu_routing::GpuRouting;
@@ -125,6 +129,23 @@ pub fn bwd_on_gpu(
     cuda::bwd(routing.indices.gpu(), &dims, [dout, q, k, v, o, lse], bias, routing)
 }
 
+/// [`fwd`] of queries, keys and values that one product made, `qkv [B, T, 3, H, D]`, without `lse`: `o [B, T, H, D]`. For inference of
+/// encoders, whose kernel on a GPU reads the three as they lie.
+#[track_caller]
+pub fn fwd_packed(qkv: &Tensor, routing: &PlacedRouting) -> Tensor {
+    if let PlacedRouting::Gpu(routing) = routing
+        && routing.visibility == Visibility::Bidirectional
+    {
+        let [b, t, three, h, d] = qkv.dims();
+        assert_eq!(three, 3, "routed_attention::fwd_packed of {:?}", qkv.shape());
+        let dims = Dims { b, t, s: t, h, g: h, d };
+        check_routing_on_gpu("routed_attention::fwd_packed", &dims, routing);
+        return bidirectional::fwd_packed(routing.indices.gpu(), &dims, qkv, routing);
+    }
+    let [q, k, v] = dense_attention::unpack(qkv);
+    routing.fwd(&q, &k, &v, None).0
+}
+
 /// Bytes that [`bwd_on_gpu`] holds beside its inputs and results, for `k [B, T, G, D]` and a routing by top-k: sums of what the readers of a
 /// routed key contribute.
 pub fn gpu_scratch_bytes(k_shape: [usize; 4], budget: &Budget) -> usize {
@@ -135,22 +156,29 @@ pub fn gpu_scratch_bytes(k_shape: [usize; 4], budget: &Budget) -> usize {
 #[track_caller]
 fn check_on_gpu(op: &str, q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<GateBias<'_>>, routing: &GpuRouting) -> Dims {
     let dims = Dims::of(op, q, k, v, &routing.lens);
-    let Dims { b, t, s, g, .. } = dims;
-    assert!(
-        routing.batch == b && routing.n_kv_heads == g && routing.n_blocks == t.div_ceil(routing.route_every),
-        "{op}: routing of batch {}, {} KV heads and {} blocks of {} for q {:?} and k {:?}",
-        routing.batch,
-        routing.n_kv_heads,
-        routing.n_blocks,
-        routing.route_every,
-        q.shape(),
-        k.shape()
-    );
+    check_routing_on_gpu(op, &dims, routing);
     if let Some(bias) = bias {
-        assert_eq!(bias.scores.shape(), [b, s, g], "{op}: gate scores for k {:?}", k.shape());
+        assert_eq!(bias.scores.shape(), [dims.b, dims.s, dims.g], "{op}: gate scores for k {:?}", k.shape());
         assert!(bias.temperature > 0.0, "{op}: gate temperature {}; without a bias pass None", bias.temperature);
     }
     dims
+}
+
+#[track_caller]
+fn check_routing_on_gpu(op: &str, dims: &Dims, routing: &GpuRouting) {
+    let Dims { b, t, g, .. } = *dims;
+    let n_blocks = match routing.visibility {
+        Visibility::Causal => t.div_ceil(routing.route_every),
+        Visibility::Bidirectional => 1,
+    };
+    assert!(
+        routing.batch == b && routing.n_kv_heads == g && routing.n_blocks == n_blocks && routing.lens.iter().all(|&n| n <= t),
+        "{op}: routing of batch {}, {} KV heads and {} blocks of {} for {dims:?}",
+        routing.batch,
+        routing.n_kv_heads,
+        routing.n_blocks,
+        routing.route_every
+    );
 }
 
 /// The `dscores` of [`bwd`] alone, on a CPU at two fifths of its products: for training gates while everything else is frozen.

@@ -172,7 +172,7 @@ extern "C" __global__ __launch_bounds__(THREADS, FWD_CTAS) void routed_attention
     const int first_masked = (last_slot(p, keys, 0) + 1) / KEYS;
     const float scale = LOG2E * rsqrtf((float)D);
     float out[D / 8][4] = {};
-    OnlineSoftmax softmax;  // The first step holds a key that the row sees.
+    OnlineSoftmax softmax;
     Logits s;
     for (int step = 0; step < steps; step++) {
         copies_wait<0>();

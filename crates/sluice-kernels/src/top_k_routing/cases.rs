@@ -3,7 +3,7 @@
 use sluice_tensor::{Device, Tensor};
 use sluice_testkit::Rng;
 
-use super::{Budget, mark_sinks, mark_sinks_bwd, naive, route};
+use super::{Budget, mark_sinks, mark_sinks_bwd, naive, route, route_bidirectional};
 use crate::selftest::Check;
 
 #[derive(Clone, Copy)]
@@ -75,6 +75,14 @@ pub(crate) fn run(check: &mut Check<'_>) {
         }
         check.require("kept sets", same_sets);
         check.require("tau", same_tau);
+        let routing = route_bidirectional(&check.put(&scores), &lens, &budget);
+        let whole = (0..lens.len() * heads).all(|i| {
+            let (b, g) = (i / heads, i % heads);
+            let column: Vec<f32> = scores.f32()[b * t * heads..].iter().skip(g).step_by(heads).take(lens[b]).copied().collect();
+            let (kept, tau) = naive::keep_best(&column, &budget);
+            routing.routed(b, 0, g) == kept && routing.tau_of(b, 0, g) == tau
+        });
+        check.require("an encoder's kept sets and tau", whole);
         let positions: Vec<u32> = (0..t as u32).collect();
         let marked = mark_sinks(&check.put(&scores), &positions, n_sink).to(&Device::Cpu);
         let want: Vec<f32> =

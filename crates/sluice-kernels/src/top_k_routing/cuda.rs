@@ -7,6 +7,7 @@ use sluice_tensor::cuda::{Arg, Buffer, Gpu, KernelSource, or_raise};
 
 use super::Budget;
 use crate::launch::{launch, output, over_elements, run};
+use crate::routed_attention::Visibility;
 use crate::routed_attention::gpu_routing::{GpuRouting, upload_lens};
 
 const SOURCE: KernelSource =
@@ -96,9 +97,18 @@ fn listed(n_candidates: usize) -> usize {
 
 /// The routing of `scores [B, T, G]`.
 #[track_caller]
-pub(super) fn route(gpu: &Arc<Gpu>, scores: &Tensor, lens: &[usize], budget: &Budget) -> GpuRouting {
+pub(super) fn route(gpu: &Arc<Gpu>, scores: &Tensor, lens: &[usize], budget: &Budget, visibility: Visibility) -> GpuRouting {
     let [b, t, g] = scores.dims();
-    let (n_blocks, n_routed, top_k) = (budget.n_blocks(t), budget.n_routed(t), budget.top_k);
+    // No position is left out where there are fewer than `top_k`.
+    let top_k = budget.top_k.min(t + 1);
+    // `window` as `route_blocks` says.
+    let (n_blocks, n_routed, n_candidates, window) = match visibility {
+        Visibility::Causal => {
+            let n_blocks = budget.n_blocks(t);
+            (n_blocks, budget.n_routed(t), budget.n_candidates(n_blocks.saturating_sub(1)), budget.window as i64)
+        }
+        Visibility::Bidirectional => (1, top_k.min(t), t, 1 - t as i64),
+    };
     let bytes = |n: usize, size: usize| or_raise(gpu.alloc(n * size));
     let routing = GpuRouting {
         batch: b,
@@ -108,6 +118,7 @@ pub(super) fn route(gpu: &Arc<Gpu>, scores: &Tensor, lens: &[usize], budget: &Bu
         window: budget.window,
         route_every: budget.route_every,
         lens: lens.to_vec(),
+        visibility,
         never_returns: true,
         indices: bytes(b * n_blocks * g * n_routed, 4),
         tau: bytes(b * n_blocks * g, 4),
@@ -117,7 +128,7 @@ pub(super) fn route(gpu: &Arc<Gpu>, scores: &Tensor, lens: &[usize], budget: &Bu
         let tau = vec![f32::NEG_INFINITY; b * n_blocks * g];
         return GpuRouting { tau: or_raise(gpu.upload_slice(&tau)), ..routing };
     }
-    let plan = Plan::new(budget.n_candidates(n_blocks - 1), top_k);
+    let plan = Plan::new(n_candidates, top_k);
     let Plan { chunk, n_chunks, group, n_groups, .. } = plan;
     let int = |x: usize| Arg::I32(x as i32);
     let lists = |n: usize| bytes(b * g * n * top_k, 8);
@@ -155,7 +166,7 @@ pub(super) fn route(gpu: &Arc<Gpu>, scores: &Tensor, lens: &[usize], budget: &Bu
         int(g),
         int(n_blocks),
         int(n_routed),
-        int(budget.window),
+        Arg::I32(window as i32),
         int(top_k),
         int(budget.route_every),
         int(budget.n_sink),

@@ -17,7 +17,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-pub use select::{route_bidirectional, route_blockwise};
+pub use select::{route_bidirectional, route_bidirectional_in_place, route_blockwise};
 pub use stream::{ChunkRouting, RouterState};
 
 use rayon::prelude::*;
@@ -103,7 +103,7 @@ pub fn route_on_gpu(scores: &Tensor, lens: &[usize], budget: &Budget) -> GpuRout
     check_lens("route_on_gpu", batch, t, lens);
     budget.check();
     let gpu = scores.gpu().expect("route_on_gpu: the scores are in main memory");
-    cuda::route(gpu, scores, lens, budget)
+    cuda::route(gpu, scores, lens, budget, Visibility::Causal)
 }
 
 /// [`route`] that leaves the routing where the scores are.

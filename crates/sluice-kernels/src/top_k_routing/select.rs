@@ -5,16 +5,19 @@ use rayon::prelude::*;
 use sluice_tensor::Tensor;
 
 use super::stream::Candidate;
-use super::{Budget, check_lens, effective, empty};
-use crate::routed_attention::{Routing, Visibility};
+use super::{Budget, check_lens, cuda, effective, empty};
+use crate::routed_attention::{PlacedRouting, Routing, Visibility};
 
 /// Bidirectional routing: one block per sequence, which keeps the `k` best of all unpadded positions
-/// of `scores [B, T, G]`.
+/// of `scores [B, T, G]`. Scores on a GPU are routed there and the result is read back; [`route_bidirectional_in_place`] leaves it there.
 #[track_caller]
 pub fn route_bidirectional(scores: &Tensor, lens: &[usize], budget: &Budget) -> Routing {
     let [batch, t, g] = scores.dims();
     check_lens("route_bidirectional", batch, t, lens);
     budget.check();
+    if let Some(gpu) = scores.gpu() {
+        return cuda::route(gpu, scores, lens, budget, Visibility::Bidirectional).download();
+    }
     let n_routed = budget.top_k.min(t);
     let mut routing = Routing {
         n_blocks: 1,
@@ -30,6 +33,16 @@ pub fn route_bidirectional(scores: &Tensor, lens: &[usize], budget: &Budget) -> 
         routing.tau[i] = keep_best(&column, budget, &mut routing.indices[i * n_routed..(i + 1) * n_routed]);
     }
     routing
+}
+
+/// [`route_bidirectional`] that leaves the routing where the scores are, without waiting for a GPU.
+#[track_caller]
+pub fn route_bidirectional_in_place(scores: &Tensor, lens: &[usize], budget: &Budget) -> PlacedRouting {
+    let Some(gpu) = scores.gpu() else { return route_bidirectional(scores, lens, budget).into() };
+    let [batch, t, _] = scores.dims();
+    check_lens("route_bidirectional_in_place", batch, t, lens);
+    budget.check();
+    cuda::route(gpu, scores, lens, budget, Visibility::Bidirectional).into()
 }
 
 /// Causal routing whose scores may differ from block to block: `score(b, block, kv_head, out)` fills `out` with
