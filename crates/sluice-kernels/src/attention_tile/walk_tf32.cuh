@@ -1,10 +1,10 @@
 // Forward pass of 64 queries of one head that walk over a list of keys, KEYS at a time: factors rounded to TF32 (11 bits), sums and softmax in f32.
 // Compiled with HEAD_DIM, 32 or 64. Knows nothing about which keys a query sees.
 //
-// A warp has 16 of the queries (FlashAttention-2, arXiv 2307.08691). Keys and values are copied two steps ahead and go to the matrix unit as they are:
-// it ignores the bits that are too many. Products are mma.m16n8k8: with g = lane / 4 and t = lane % 4, a thread holds of the left factor rows g, g + 8 and columns t, t + 4, of the right factor
-// rows t, t + 4 of column g, of the result rows g, g + 8 and columns 2 t, 2 t + 1. Weights become a left factor without moving: a sum over keys has
-// no order, so "columns t and t + 4" may as well be keys 2 t and 2 t + 1, if the values are read so too.
+// A warp has 16 of the queries (FlashAttention-2, arXiv 2307.08691). Keys and values are copied two steps ahead and go to the matrix unit as they are: it
+// ignores the bits that are too many. Products are mma.m16n8k8: with g = lane / 4 and t = lane % 4, a thread holds of the left factor rows g, g + 8 and
+// columns t, t + 4, of the right factor rows t, t + 4 of column g, of the result rows g, g + 8 and columns 2 t, 2 t + 1. Weights become a left factor
+// without moving: a sum over keys has no order, so "columns t and t + 4" may as well be keys 2 t and 2 t + 1, if the values are read so too.
 
 constexpr int D = HEAD_DIM, ROWS = 64, KEYS = 64, THREADS = 128;
 // Rows four words further on than a whole number of banks: both ways of reading a tile meet every bank once.
@@ -50,7 +50,8 @@ __device__ __forceinline__ int query_of_thread() { return (threadIdx.x >> 5) * 1
 
 // o [B, T, H, D] and lse [B, T, H] (natural logarithm) of the queries `first..first + ROWS` of head `h` in sequence `b`, in `steps` steps; those from
 // `n_queries` on are padding. From a token to the next are q_heads heads of q and kv_heads of k and v. `position(slot)` is that of a key, a valid one
-// behind the last slot too. `mask(s, step)` makes -inf of the logits that a thread's queries do not see; over all steps every query that is not padding sees a key.
+// behind the last slot too. `mask(s, step)` makes -inf of the logits that a thread's queries do not see; over all steps every query that is not padding
+// sees a key.
 // Dynamic shared memory: of either of two stages a tile of keys, then one of values.
 template <class Position, class Mask>
 __device__ __forceinline__ void walk_over_keys(u32* tiles, const float* __restrict__ q, const float* __restrict__ k, const float* __restrict__ v,

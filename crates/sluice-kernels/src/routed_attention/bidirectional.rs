@@ -13,7 +13,11 @@ macro_rules! source {
     ($factors:literal, $head_dim:literal, $($file:literal),+) => {
         KernelSource {
             name: concat!("routed_bidirectional_", $factors, "_", $head_dim),
-            code: concat!("#define HEAD_DIM ", $head_dim $(, "\n", include_str!($file))+, "\n", include_str!("slots.cuh"), "\n", include_str!(concat!("bidirectional_", $factors, ".cu"))),
+            code: concat!(
+                "#define HEAD_DIM ", $head_dim $(, "\n", include_str!($file))+, "\n",
+                include_str!("slots.cuh"), "\n",
+                include_str!(concat!("bidirectional_", $factors, ".cu"))
+            ),
         }
     };
 }

@@ -13,9 +13,9 @@
 //! no gradient. Rows of `k` and `v` that no valid query sees are never read. Time and memory are linear in `T`.
 //!
 //! On a GPU, from position 0: causal attention with heads of 64 or 128, factors of products rounded to bf16; tensors in f32 or bf16, results
-//! in the format of `q`. Bidirectional attention is forward only and without a gate bias there, with heads of up to 128; factors are rounded to bf16 or
-//! TF32 where the precision allows it and a kernel on tensor cores has the width (64 and 128, or 32 and 64), and are f32 otherwise. A [`Routing`] in main memory is
-//! copied there first; the `_on_gpu` functions take one that is there.
+//! in the format of `q`. Bidirectional attention is forward only and without a gate bias there, with heads of up to 128; factors are rounded
+//! to bf16 or TF32 where the precision allows it and a kernel on tensor cores has the width (64 and 128, or 32 and 64), and are f32 otherwise.
+//! A [`Routing`] in main memory is copied there first; the `_on_gpu` functions take one that is there.
 
 mod bidirectional;
 pub(crate) mod cases;

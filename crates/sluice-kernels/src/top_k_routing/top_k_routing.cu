@@ -154,9 +154,10 @@ __device__ __forceinline__ void route_block(const Contenders& x, int limit, int 
 }
 
 // indices [B, n_blocks, G, n_places], ascending and padded with -1; tau [B, n_blocks, G]. `before` is null when what
-// precedes a chunk is to be had from `best`. A `window` of 1 - T lets the only block of an encoder keep any position. Grid [ceil(n_blocks / run), G, B]; the last
-// blocks, which have most to do, come first. The blocks of a run but the first add RUN positions at most. Dynamic shared memory, beside that of
-// `no_candidates`, if a run has several blocks: 8 bytes for everyone of top_k + RUN contenders, which RUN >= top_k suits.
+// precedes a chunk is to be had from `best`. A `window` of 1 - T lets the only block of an encoder keep any position.
+// Grid [ceil(n_blocks / run), G, B]; the last blocks, which have most to do, come first. The blocks of a run but the first
+// add RUN positions at most. Dynamic shared memory, beside that of `no_candidates`, if a run has several blocks: 8 bytes
+// for everyone of top_k + RUN contenders, which RUN >= top_k suits.
 extern "C" __global__ __launch_bounds__(THREADS, 2) void route_blocks(const float* scores, const int* lens, const u64* best, const u64* before, int* indices, float* tau, int T,
                                                               int G, int n_blocks, int n_places, int window, int top_k, int every, int n_sink, int chunk_size,
                                                               int n_chunks, int run) {
