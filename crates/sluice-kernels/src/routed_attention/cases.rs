@@ -81,7 +81,7 @@ const ENCODERS: &[Encoder] = &[
     Encoder { t: 70, window: 0, top_k: 0, d: 32, short: Some(3), ..ENCODER },
     Encoder { t: 500, window: 64, top_k: 100, heads: (2, 2), d: 128, ..ENCODER },
     Encoder { t: 300, window: 0, top_k: 70, heads: (4, 2), d: 20, short: Some(0), ..ENCODER },
-    Encoder { t: 150, window: 33, top_k: 20, best: Best::Last, heads: (2, 2), d: 100, short: Some(77), ..ENCODER },
+    Encoder { t: 150, window: 33, top_k: 20, best: Best::Last, heads: (2, 2), d: 100, short: Some(77) },
 ];
 
 pub(crate) fn run(check: &mut Check<'_>) {
