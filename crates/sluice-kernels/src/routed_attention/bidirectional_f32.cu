@@ -2,8 +2,8 @@
 // Follows attention_tile/walk_f32.cuh and slots.cuh.
 // Compiled with HEAD_DIM, 64 or 128. That is the widest head that it serves.
 
-// Arguments as in bidirectional_tf32.cu, then the width of a head. Grid: x = sequences times heads, y = tiles of queries; dynamic shared memory: what `walk_over_keys` says, then what
-// `Slots` says.
+// Arguments as in bidirectional_tf32.cu, then the width of a head. Grid: x = sequences times heads, y = tiles of queries; dynamic shared memory:
+// what `walk_over_keys` says, then what `Slots` says.
 extern "C" __global__ __launch_bounds__(THREADS) void routed_bidirectional_fwd(
     const float* q, const float* k, const float* v, const int* indices, const int* lens, float* o, float* lse, int T, int H, int G, int q_heads, int kv_heads,
     int n_places, int window, int most_steps, int d) {
