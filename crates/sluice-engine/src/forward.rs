@@ -136,12 +136,15 @@ pub(crate) fn run(engine: &mut Engine, parts: &mut [Part<'_>]) {
             row += 1;
         }
     }
-    let half = d / 2;
-    for (t, &position) in positions.iter().enumerate() {
-        let angles = t * half..(t + 1) * half;
-        rope::position_angles(position, inv_freq, &mut s.cos[angles.clone()], &mut s.sin[angles]);
-    }
-    let (cos, sin, positions) = (&s.cos, &s.sin, &*positions);
+    let (half, positions) = (d / 2, &*positions);
+    let (cos, sin) = (&mut s.cos[..n * half], &mut s.sin[..n * half]);
+    team.for_each_chunk_pair((&mut *cos, TOKENS_PER_JOB * half), (&mut *sin, TOKENS_PER_JOB * half), |job, cos, sin| {
+        let positions = positions[job * TOKENS_PER_JOB..].iter();
+        for ((cos, sin), &position) in cos.chunks_exact_mut(half).zip(sin.chunks_exact_mut(half)).zip(positions) {
+            rope::position_angles(position, inv_freq, cos, sin);
+        }
+    });
+    let (cos, sin) = (&*cos, &*sin);
 
     for (l, layer) in weights.layers.iter().enumerate() {
         // Norm, gate, projections.
@@ -186,7 +189,7 @@ pub(crate) fn run(engine: &mut Engine, parts: &mut [Part<'_>]) {
             let o = &mut o[rows.start * q_len..rows.end * q_len];
             let mut room = Room { team: &mut *team, scratch: &mut s.attention };
             if singles > 0 {
-                attend_singles(&mut room, model, routing, l, parts, qkv, scores, o);
+                attend_singles(&mut room, model, l, parts, qkv, scores, o);
             } else {
                 let cache = &mut parts[0].sequence.layers[l];
                 attend_prompt(&mut room, model, routing, cache, positions[rows.start] as usize, qkv, scores, o);
@@ -261,7 +264,6 @@ fn tokens_attended(piece: usize, threads: usize) -> Shares {
 fn attend_singles(
     room: &mut Room<'_>,
     model: &ModelConfig,
-    routing: &RoutingConfig,
     layer: usize,
     parts: &mut [Part<'_>],
     qkv: &[f32],
@@ -273,12 +275,7 @@ fn attend_singles(
     let (e, gs) = (q_len + 2 * kv_len, scores.len() / parts.len());
     room.team.for_each_chunk(&mut *parts, 1, |i, part| {
         let position = part[0].sequence.position;
-        let cache = &mut part[0].sequence.layers[layer];
-        if position.is_multiple_of(routing.route_every) {
-            cache.begin_block(position);
-        }
-        let kv = &qkv[i * e + q_len..(i + 1) * e];
-        cache.append(&kv[..kv_len], &kv[kv_len..], &scores[i * gs..(i + 1) * gs]);
+        part[0].sequence.layers[layer].extend(None, position, 1, &qkv[i * e..(i + 1) * e], &scores[i * gs..(i + 1) * gs]);
     });
     let parts = &*parts;
     let scratch_len = parts[0].sequence.layers[layer].shape.scratch_len(group);
@@ -303,21 +300,16 @@ fn attend_prompt(
     o: &mut [f32],
 ) {
     let (d, group, g, r) = (model.head_dim, model.group_size(), model.n_kv_heads, routing.route_every);
-    let (q_len, kv_len) = (model.n_heads * d, g * d);
-    let e = q_len + 2 * kv_len;
+    let q_len = model.n_heads * d;
+    let e = q_len + 2 * g * d;
     let n = qkv.len() / e;
     let gs = scores.len() / n;
     let mut done = 0;
     while done < n {
         let position = start + done;
         let piece = (r - position % r).min(n - done);
-        if position.is_multiple_of(r) {
-            cache.begin_block(position);
-        }
         let qkv = &qkv[done * e..(done + piece) * e];
-        for (qkv, scores) in qkv.chunks_exact(e).zip(scores[done * gs..].chunks_exact(gs)) {
-            cache.append(&qkv[q_len..q_len + kv_len], &qkv[q_len + kv_len..], scores);
-        }
+        cache.extend(Some(&mut *room.team), position, piece, qkv, &scores[done * gs..(done + piece) * gs]);
         let (o, cache) = (&mut o[done * q_len..(done + piece) * q_len], &*cache);
         let tokens = tokens_attended(piece, room.team.n_threads()).tokens;
         let scratch_len = cache.shape.scratch_len(tokens * group);

@@ -7,8 +7,9 @@
 use std::cmp::Ordering;
 use std::collections::VecDeque;
 
-use sluice_kernels::cached_attention::{self, Head, HeadShape};
+use sluice_kernels::cached_attention::{self, Departure, Head, HeadShape};
 use sluice_kernels::routed_attention::GateBias;
+use sluice_kernels::worker_team::WorkerTeam;
 use sluice_spec::{ModelConfig, RoutingConfig};
 
 /// Keys, values and scores that one layer keeps of a sequence.
@@ -26,8 +27,11 @@ pub(crate) struct LayerCache {
     pub(crate) slot_scores: Vec<f32>,
     /// Slots in use, the same for every head.
     pub(crate) n_slots: usize,
-    /// `[G]` the slot to give up next, once all are in use.
-    worst: Vec<usize>,
+    /// `[G, top_k]` the slots as a heap, once all are in use: the one to give up next is the first.
+    heaps: Vec<u32>,
+    /// `[G, strip]` rows of the strip that the last decision admitted, and their slots; of each head the first `n_admitted [G]`.
+    admitted: Vec<(u32, u32)>,
+    n_admitted: Vec<usize>,
     /// `[G, top_k]` biases of the block in progress, when the gate keeps its temperature.
     bias: Vec<f32>,
     /// `[strip, G]`.
@@ -55,7 +59,9 @@ impl LayerCache {
             slot_positions: vec![0; g * routing.top_k],
             slot_scores: vec![0.0; g * routing.top_k],
             n_slots: 0,
-            worst: vec![0; g],
+            heaps: vec![0; g * routing.top_k],
+            admitted: vec![(0, 0); g * shape.strip],
+            n_admitted: vec![0; g],
             bias: vec![0.0; if has_bias { g * routing.top_k } else { 0 }],
             strip_scores: vec![0.0; shape.strip * g],
             strip_start: 0,
@@ -76,7 +82,6 @@ impl LayerCache {
     pub(crate) fn clear(&mut self) {
         // What remains in free rows is finite, which is all that attention asks of them.
         (self.n_slots, self.strip_start, self.strip_len, self.admissions) = (0, 0, 0, 0);
-        self.worst.fill(0);
         self.replayed.clear();
     }
 
@@ -86,7 +91,7 @@ impl LayerCache {
         self.values.copy_from_slice(&other.values);
         self.slot_positions.copy_from_slice(&other.slot_positions);
         self.slot_scores.copy_from_slice(&other.slot_scores);
-        self.worst.copy_from_slice(&other.worst);
+        self.heaps.copy_from_slice(&other.heaps);
         self.bias.copy_from_slice(&other.bias);
         self.strip_scores.copy_from_slice(&other.strip_scores);
         (self.n_slots, self.strip_start, self.strip_len) = (other.n_slots, other.strip_start, other.strip_len);
@@ -109,17 +114,47 @@ impl LayerCache {
         2 * (self.keys.len() + self.values.len())
     }
 
-    /// The position `start` begins a block: decide about the keys that its queries no longer see locally.
-    pub(crate) fn begin_block(&mut self, start: usize) {
+    /// Continue by `n` positions of one block, the first of them `position`, with a head for each job of the team, or on this thread alone.
+    /// Each of the `n` rows of `kv` ends with the position's keys and values, `2 G D` numbers; scores are `[n, G]`, or one for all heads. A
+    /// replayed score takes the place of the given one. Where a block begins, the router decides first.
+    pub(crate) fn extend(&mut self, team: Option<&mut WorkerTeam>, position: usize, n: usize, kv: &[f32], scores: &[f32]) {
+        let (shape, d, g) = (self.shape, self.shape.head_dim, self.n_heads);
+        let gone = if position.is_multiple_of(self.routing.route_every) { self.decide(position) } else { 0 };
+        let left = self.strip_len;
+        scores.chunks_exact(scores.len() / n).for_each(|scores| self.append_scores(scores));
+        let width = kv.len() / n;
+        let (admitted, n_admitted) = (&self.admitted, &self.n_admitted);
+        let one_head = |head: usize, keys: &mut [u16], values: &mut [u16]| {
+            let admitted = &admitted[head * shape.strip..][..n_admitted[head]];
+            Departure { admitted, n: gone, left }.apply(shape, keys, values);
+            let tokens = kv.chunks_exact(width).map(|kv| {
+                let (keys, values) = kv[width - 2 * g * d..].split_at(g * d);
+                (&keys[head * d..(head + 1) * d], &values[head * d..(head + 1) * d])
+            });
+            cached_attention::write_rows(shape, keys, values, shape.strip_row() + left, tokens);
+        };
+        let (key_len, value_len) = (shape.key_len(), shape.value_len());
+        match team {
+            Some(team) => team.for_each_chunk_pair((&mut self.keys, key_len), (&mut self.values, value_len), one_head),
+            None => {
+                let heads = self.keys.chunks_exact_mut(key_len).zip(self.values.chunks_exact_mut(value_len));
+                heads.enumerate().for_each(|(head, (keys, values))| one_head(head, keys, values));
+            }
+        }
+    }
+
+    /// Decide about the keys that the queries of the block at `start` no longer see locally, the first ones of the strip. Returns how many;
+    /// keys and values are still to be moved.
+    fn decide(&mut self, start: usize) -> usize {
         let first_local = (start + 1).saturating_sub(self.routing.window);
         let n = first_local.saturating_sub(self.strip_start).min(self.strip_len);
-        for row in 0..n {
-            self.offer(row);
-        }
-        if n > 0 {
-            self.drop_front(n);
-        }
+        self.n_admitted.fill(0);
+        (0..n).for_each(|row| self.offer(row));
+        self.strip_scores.copy_within(n * self.n_heads..self.strip_len * self.n_heads, 0);
+        self.strip_start += n;
+        self.strip_len -= n;
         self.set_bias();
+        n
     }
 
     /// Offer the key in a row of the strip to the slots of every head.
@@ -136,20 +171,23 @@ impl LayerCache {
             let slot = if n_slots < k {
                 n_slots
             } else {
-                let worst = self.worst[head];
+                let worst = self.heaps[head * k] as usize;
                 let held = (self.slot_scores[head * k + worst], self.slot_positions[head * k + worst]);
                 if order((score, position), held) == Ordering::Less {
                     continue;
                 }
                 worst
             };
-            let (keys, values) = head_of(self.shape, &mut self.keys, &mut self.values, head);
-            cached_attention::copy_row(self.shape, keys, values, self.shape.strip_row() + row, slot);
+            self.admitted[head * self.shape.strip + self.n_admitted[head]] = (row as u32, slot as u32);
+            self.n_admitted[head] += 1;
             self.slot_scores[head * k + slot] = score;
             self.slot_positions[head * k + slot] = position;
             self.admissions += 1;
-            if n_slots + 1 >= k {
-                self.worst[head] = worst_of(&self.slot_scores[slots.clone()], &self.slot_positions[slots]);
+            let (heap, scores, positions) = (&mut self.heaps[slots.clone()], &self.slot_scores[slots.clone()], &self.slot_positions[slots]);
+            match (n_slots + 1).cmp(&k) {
+                Ordering::Less => {}
+                Ordering::Equal => make_heap(heap, scores, positions),
+                Ordering::Greater => sift_down(heap, 0, scores, positions),
             }
         }
         self.n_slots = (n_slots + 1).min(k);
@@ -166,41 +204,24 @@ impl LayerCache {
         }
     }
 
-    fn drop_front(&mut self, n: usize) {
-        let left = self.strip_len - n;
-        for head in 0..self.n_heads {
-            let (keys, values) = head_of(self.shape, &mut self.keys, &mut self.values, head);
-            cached_attention::shift_strip(self.shape, keys, values, n, left);
-        }
-        self.strip_scores.copy_within(n * self.n_heads..(n + left) * self.n_heads, 0);
-        self.strip_start += n;
-        self.strip_len = left;
-    }
-
     fn set_bias(&mut self) {
         let k = self.shape.top_k;
         if self.bias.is_empty() {
             return;
         }
         for head in 0..self.n_heads {
-            let tau = if self.n_slots == k { self.slot_scores[head * k + self.worst[head]] } else { f32::NEG_INFINITY };
+            let tau = if self.n_slots == k { self.slot_scores[head * k + self.heaps[head * k] as usize] } else { f32::NEG_INFINITY };
             for slot in head * k..head * k + self.n_slots {
                 self.bias[slot] = GateBias::of(self.slot_scores[slot], tau, self.routing.gate_temperature).0;
             }
         }
     }
 
-    /// Append the key, value and scores of the next position: `[G, D]`, `[G, D]`, `[G]`, or one score for all heads. A replayed
-    /// score takes the place of the given one.
-    pub(crate) fn append(&mut self, keys: &[f32], values: &[f32], scores: &[f32]) {
-        let (d, g, row) = (self.shape.head_dim, self.n_heads, self.strip_len);
+    fn append_scores(&mut self, scores: &[f32]) {
+        let row = self.strip_len;
         assert!(row < self.shape.strip, "a key does not fit behind the {row} of a strip; was its block begun?");
-        for head in 0..g {
-            let (cached_keys, cached_values) = head_of(self.shape, &mut self.keys, &mut self.values, head);
-            let own = head * d..(head + 1) * d;
-            let row = self.shape.strip_row() + row;
-            cached_attention::write_row(self.shape, cached_keys, cached_values, row, &keys[own.clone()], &values[own]);
-            self.strip_scores[self.strip_len * g + head] = self.replayed.pop_front().unwrap_or(scores[head % scores.len()]);
+        for head in 0..self.n_heads {
+            self.strip_scores[row * self.n_heads + head] = self.replayed.pop_front().unwrap_or(scores[head % scores.len()]);
         }
         self.strip_len += 1;
     }
@@ -242,7 +263,8 @@ impl LayerCache {
         let k = self.shape.top_k;
         if self.n_slots == k && k > 0 {
             for head in 0..self.n_heads {
-                self.worst[head] = worst_of(&self.slot_scores[head * k..][..k], &self.slot_positions[head * k..][..k]);
+                let slots = head * k..(head + 1) * k;
+                make_heap(&mut self.heaps[slots.clone()], &self.slot_scores[slots.clone()], &self.slot_positions[slots]);
             }
         }
         self.set_bias();
@@ -254,23 +276,34 @@ fn order(a: (f32, u32), b: (f32, u32)) -> Ordering {
     a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))
 }
 
-/// The least by [`order`] of some slots. Their scores are no NaN and no -0, so that the least score can be found in lanes first.
-fn worst_of(scores: &[f32], positions: &[u32]) -> usize {
-    let (blocks, rest) = scores.as_chunks::<16>();
-    let mut lanes = [f32::INFINITY; 16];
-    for block in blocks {
-        for (lane, &score) in lanes.iter_mut().zip(block) {
-            *lane = if score < *lane { score } else { *lane };
-        }
+/// Order all slots as a heap, the least by [`order`] first.
+fn make_heap(heap: &mut [u32], scores: &[f32], positions: &[u32]) {
+    heap.iter_mut().zip(0..).for_each(|(place, slot)| *place = slot);
+    for place in (0..heap.len() / 2).rev() {
+        sift_down(heap, place, scores, positions);
     }
-    let least = lanes.iter().chain(rest).fold(f32::INFINITY, |least, &score| least.min(score));
-    (0..scores.len()).filter(|&slot| scores[slot] == least).min_by_key(|&slot| positions[slot]).expect("there are slots")
 }
 
-/// Keys and values of one head.
-fn head_of<'a>(shape: HeadShape, keys: &'a mut [u16], values: &'a mut [u16], head: usize) -> (&'a mut [u16], &'a mut [u16]) {
-    let (k, v) = (shape.key_len(), shape.value_len());
-    (&mut keys[head * k..(head + 1) * k], &mut values[head * v..(head + 1) * v])
+/// Move the slot at a place of the heap down until none below it is less.
+fn sift_down(heap: &mut [u32], mut place: usize, scores: &[f32], positions: &[u32]) {
+    let key = |slot: u32| (scores[slot as usize], positions[slot as usize]);
+    let less = |a: u32, b: u32| order(key(a), key(b)) == Ordering::Less;
+    let slot = heap[place];
+    loop {
+        let mut child = 2 * place + 1;
+        if child >= heap.len() {
+            break;
+        }
+        if child + 1 < heap.len() && less(heap[child + 1], heap[child]) {
+            child += 1;
+        }
+        if !less(heap[child], slot) {
+            break;
+        }
+        heap[place] = heap[child];
+        place = child;
+    }
+    heap[place] = slot;
 }
 
 #[cfg(test)]
@@ -310,12 +343,9 @@ mod tests {
                 let score = |rng: &mut Rng| if rng.below(40) == 0 { f32::NAN } else { rng.below(30) as f32 };
                 let scores: Vec<f32> = (0..g).map(|_| score(&mut rng)).collect();
                 router.route_chunk(&scores);
-                if t % route_every == 0 {
-                    cache.begin_block(t);
-                }
                 // The key tells its position and head, so that a wrong row is seen.
                 let key: Vec<f32> = (0..g).flat_map(|head| [t as f32, head as f32]).collect();
-                cache.append(&key, &key, &scores);
+                cache.extend(None, t, 1, &[&key[..], &key].concat(), &scores);
                 for head in 0..g {
                     let mut want: Vec<u32> = router.kept(head).iter().map(|&p| p as u32).collect();
                     let mut slots = cache.slot_positions[head * top_k..][..cache.n_slots].to_vec();
@@ -349,14 +379,57 @@ mod tests {
                 replayed.replayed.extend(scores);
             }
             for (cache, scores) in [(&mut given, scores), (&mut replayed, other)] {
-                if t % 4 == 0 {
-                    cache.begin_block(t);
-                }
-                cache.append(&[0.0; 4], &[0.0; 4], &scores);
+                cache.extend(None, t, 1, &[0.0; 8], &scores);
             }
             assert!((0..2).all(|head| given.kept_positions(head) == replayed.kept_positions(head)), "at {t}");
         }
         assert_ne!(given.slot_positions, [0; 10]);
+    }
+
+    /// Pieces of blocks on a team, against one position after the other on one thread: all that a later pass reads.
+    #[test]
+    fn pieces_on_any_number_of_threads_leave_what_single_positions_leave() {
+        let (g, d) = (3, 20);
+        let model = ModelConfig { head_dim: d, ..model(g) };
+        for (top_k, gate_temperature) in [(12, 0.5), (200, 0.0), (0, 0.0)] {
+            let routing = RoutingConfig { window: 9, top_k, route_every: 8, n_sink: 2, gate_heads: GateHeads::KvHead, gate_temperature };
+            let mut single = LayerCache::new(&model, &routing);
+            let mut rng = Rng::new(4);
+            let n = 150;
+            // Rows are wider than keys and values, as those of the projections are; scores have ties.
+            let kv: Vec<f32> = (0..n * (2 * g * d + 5)).map(|_| rng.normal()).collect();
+            let scores: Vec<f32> = (0..n * g).map(|_| rng.below(20) as f32).collect();
+            let (kv, scores): (Vec<_>, Vec<_>) = (kv.chunks_exact(2 * g * d + 5).collect(), scores.chunks_exact(g).collect());
+            for t in 0..n {
+                single.extend(None, t, 1, kv[t], scores[t]);
+            }
+            for threads in [1, 2, 3, 5] {
+                let mut team = WorkerTeam::new(threads);
+                let (mut cache, mut t) = (LayerCache::new(&model, &routing), 0);
+                while t < n {
+                    let piece = (1 + rng.below(8)).min(8 - t % 8).min(n - t);
+                    cache.extend(Some(&mut team), t, piece, &kv[t..t + piece].concat(), &scores[t..t + piece].concat());
+                    t += piece;
+                }
+                assert_eq!((cache.n_slots, cache.strip_start, cache.strip_len), (single.n_slots, single.strip_start, single.strip_len));
+                assert_eq!(cache.admissions, single.admissions);
+                assert_eq!(cache.strip_scores[..cache.strip_len * g], single.strip_scores[..cache.strip_len * g]);
+                for head in 0..g {
+                    let slots = head * top_k..head * top_k + cache.n_slots;
+                    assert_eq!(cache.slot_positions[slots.clone()], single.slot_positions[slots.clone()]);
+                    assert_eq!(cache.slot_scores[slots.clone()], single.slot_scores[slots]);
+                    let (got, want) = (cache.head(head), single.head(head));
+                    assert_eq!(got.bias, want.bias);
+                    let strip = got.shape.strip_row();
+                    for row in (0..got.n_slots).chain(strip..strip + cache.strip_len) {
+                        let key = |head: &Head<'_>| (0..d).map(|i| head.keys[i * head.shape.rows() + row]).collect::<Vec<_>>();
+                        assert_eq!(key(&got), key(&want), "row {row} of head {head}, {threads} threads, {routing:?}");
+                        let values = row * got.shape.value_width()..row * got.shape.value_width() + d;
+                        assert_eq!(got.values[values.clone()], want.values[values], "row {row} of head {head}, {threads} threads");
+                    }
+                }
+            }
+        }
     }
 
     /// Whole numbers up to 2048 are exact in f16.

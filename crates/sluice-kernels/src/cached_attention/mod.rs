@@ -163,31 +163,62 @@ pub fn attend(head: &Head<'_>, q: &[f32], n: usize, queries: impl Fn(usize) -> Q
     }
 }
 
-/// Write a key and a value `[D]` as row `row` of a head's cache.
+/// Dimensions of keys that are written together: few enough that their lines stay in the first cache from token to token.
+const KEY_DIMS: usize = 16;
+
+/// Write the key and the value `[D]` of each token as a row of a head's cache, from row `first` on.
 #[track_caller]
-pub fn write_row(shape: HeadShape, keys: &mut [u16], values: &mut [u16], row: usize, key: &[f32], value: &[f32]) {
-    assert!(row < shape.rows() && key.len() == shape.head_dim && value.len() == shape.head_dim, "cached_attention: row {row} of {shape:?}");
-    for (d, k) in key.iter().enumerate() {
-        keys[d * shape.rows() + row] = f16::from_f32(*k).to_bits();
+pub fn write_rows<'a>(
+    shape: HeadShape,
+    keys: &mut [u16],
+    values: &mut [u16],
+    first: usize,
+    tokens: impl Iterator<Item = (&'a [f32], &'a [f32])> + Clone,
+) {
+    let (d, rows, width) = (shape.head_dim, shape.rows(), shape.value_width());
+    for (row, (key, value)) in (first..).zip(tokens.clone()) {
+        assert!(row < rows && key.len() == d && value.len() == d, "cached_attention: row {row} of {shape:?}");
+        let target: &mut [f16] = bytemuck::cast_slice_mut(&mut values[row * width..][..d]);
+        target.convert_from_f32_slice(value);
     }
-    let target: &mut [f16] = bytemuck::cast_slice_mut(&mut values[row * shape.value_width()..][..shape.head_dim]);
-    target.convert_from_f32_slice(value);
+    let mut halves = [f16::ZERO; KEY_DIMS];
+    for (keys, dim) in keys.chunks_mut(KEY_DIMS * rows).zip((0..d).step_by(KEY_DIMS)) {
+        let halves = &mut halves[..keys.len() / rows];
+        for (row, (key, _)) in (first..).zip(tokens.clone()) {
+            halves.convert_from_f32_slice(&key[dim..dim + halves.len()]);
+            keys.chunks_exact_mut(rows).zip(&*halves).for_each(|(keys, half)| keys[row] = half.to_bits());
+        }
+    }
 }
 
-/// Copy row `from` to row `to` of a head's cache.
-pub fn copy_row(shape: HeadShape, keys: &mut [u16], values: &mut [u16], from: usize, to: usize) {
-    let (rows, width) = (shape.rows(), shape.value_width());
-    for keys in keys.chunks_exact_mut(rows) {
-        keys[to] = keys[from];
-    }
-    values.copy_within(from * width..(from + 1) * width, to * width);
+/// What happens to a head's rows when some leave the strip.
+#[derive(Clone, Copy)]
+pub struct Departure<'a> {
+    /// Rows of the strip that are copied to a slot, and the slot, one after the other.
+    pub admitted: &'a [(u32, u32)],
+    /// Rows that leave the strip, the first ones.
+    pub n: usize,
+    /// Rows behind them, which move to the front.
+    pub left: usize,
 }
 
-/// Move the `len` rows of the strip from its row `n` on to its front.
-pub fn shift_strip(shape: HeadShape, keys: &mut [u16], values: &mut [u16], n: usize, len: usize) {
-    let (rows, width, start) = (shape.rows(), shape.value_width(), shape.strip_row());
-    for keys in keys.chunks_exact_mut(rows) {
-        keys.copy_within(start + n..start + n + len, start);
+impl Departure<'_> {
+    /// Move the keys and values of a head's cache.
+    pub fn apply(&self, shape: HeadShape, keys: &mut [u16], values: &mut [u16]) {
+        if self.n == 0 {
+            return;
+        }
+        let (rows, width, start) = (shape.rows(), shape.value_width(), shape.strip_row());
+        for keys in keys.chunks_exact_mut(rows) {
+            for &(row, slot) in self.admitted {
+                keys[slot as usize] = keys[start + row as usize];
+            }
+            keys.copy_within(start + self.n..start + self.n + self.left, start);
+        }
+        for &(row, slot) in self.admitted {
+            let from = (start + row as usize) * width;
+            values.copy_within(from..from + width, slot as usize * width);
+        }
+        values.copy_within((start + self.n) * width..(start + self.n + self.left) * width, start * width);
     }
-    values.copy_within((start + n) * width..(start + n + len) * width, start * width);
 }

@@ -16,7 +16,7 @@ impl Cache {
         let (mut keys, mut values) = (vec![0; shape.key_len()], vec![0; shape.value_len()]);
         let mut row = |row: usize| {
             let mut numbers = || (0..shape.head_dim).map(|_| 2.0 * rng.normal()).collect::<Vec<f32>>();
-            write_row(shape, &mut keys, &mut values, row, &numbers(), &numbers());
+            write_rows(shape, &mut keys, &mut values, row, std::iter::once((&numbers()[..], &numbers()[..])));
         };
         (0..shape.rows()).for_each(&mut row);
         let bias = (0..n_slots).map(|_| -rng.uniform()).collect();
@@ -76,9 +76,12 @@ fn rows_move_with_their_keys_and_values() {
         (keys, cache.values[row * 64..row * 64 + 48].to_vec())
     };
     let (last, second) = (row(&cache, shape.strip_row() + 49), row(&cache, shape.strip_row() + 20));
-    copy_row(shape, &mut cache.keys, &mut cache.values, shape.strip_row() + 20, 7);
-    shift_strip(shape, &mut cache.keys, &mut cache.values, 20, 30);
+    let departure = Departure { admitted: &[(3, 7), (19, 0), (20, 7)], n: 20, left: 30 };
+    let admitted = row(&cache, shape.strip_row() + 19);
+    departure.apply(shape, &mut cache.keys, &mut cache.values);
+    // The later of two keys has the slot that both were given.
     assert_eq!(row(&cache, 7), second);
+    assert_eq!(row(&cache, 0), admitted);
     assert_eq!(row(&cache, shape.strip_row()), second);
     assert_eq!(row(&cache, shape.strip_row() + 29), last);
 }
@@ -87,8 +90,8 @@ fn rows_move_with_their_keys_and_values() {
 fn far_logits_neither_overflow_nor_vanish() {
     let shape = HeadShape { head_dim: 32, top_k: 0, strip: 2 };
     let (mut keys, mut values) = (vec![0; shape.key_len()], vec![0; shape.value_len()]);
-    write_row(shape, &mut keys, &mut values, 0, &[100.0; 32], &[1.0; 32]);
-    write_row(shape, &mut keys, &mut values, 1, &[-100.0; 32], &[2.0; 32]);
+    let tokens = [([100.0; 32], [1.0; 32]), ([-100.0; 32], [2.0; 32])];
+    write_rows(shape, &mut keys, &mut values, 0, tokens.iter().map(|(key, value)| (&key[..], &value[..])));
     let head = Head { shape, keys: &keys, values: &values, n_slots: 0, bias: None };
     let mut o = [f32::NAN; 32];
     let mut scratch = vec![0.0; shape.scratch_len(usize::MAX)];
