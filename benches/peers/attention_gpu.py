@@ -53,6 +53,12 @@ CASES = [
     case(w=128, k=256, r=64, bias=False, steep=60.0),
     case(w=128, k=100, r=64, lens=[1000, 333], steep=60.0),
     case(shape=LARGE, w=128, k=100, r=64, lens=[1000, 333], steep=60.0),
+    # Gradients in one pass: lengths that end within blocks and superblocks, group sizes, keys that come and go, few places, windows.
+    case(t=11300, w=128, k=256, r=64, lens=[11300, 5050], sinks=4),
+    case(t=12000, w=100, k=200, r=64, bias=False, lens=[12000, 0, 64, 129]),
+    case(t=4200, shape=(8, 8, 64), w=129, k=256, r=64, lens=[4200, 4199]),
+    case(t=12000, shape=(10, 2, 64), w=65, k=140, r=64, ties=True, lens=[12000, 3001]),
+    case(t=17000, shape=(4, 2, 64), w=1, k=256, r=64, bias=False, steep=60.0),
     # Routing by chunks, and what precedes them in one group and in several.
     case(t=6000, shape=(1, 1, 64), w=128, k=256, r=100, ties=True, lens=[6000, 4500]),
     case(t=20000, shape=(1, 1, 64), w=128, k=256, r=512, bias=False),

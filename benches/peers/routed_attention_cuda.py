@@ -15,7 +15,8 @@ SOURCES = {
     "routing": [KERNELS / "top_k_routing/k_best.cuh", KERNELS / "top_k_routing/top_k_routing.cu"],
     "attention": [TILE, KERNELS / "routed_attention/routed_attention.cu", KERNELS / "routed_attention/query_gradient.cu",
                   KERNELS / "routed_attention/query_gradient_sm90.cu", KERNELS / "routed_attention/forward_sm90.cu"],
-    "keys": [TILE, KERNELS / "routed_attention/routed_keys.cu", KERNELS / "routed_attention/key_gradients.cu"],
+    "keys": [TILE] + [KERNELS / "routed_attention" / name for name in ("routed_keys.cu", "key_gradients.cu", "one_pass.cuh", "routed_gradients_sm90.cu",
+                                                                       "local_gradients_sm90.cu")],
 }
 ARCH = "sm_90a"  # Or compute_80, for the path of older cards.
 LOADED = {}
@@ -163,8 +164,14 @@ class Routed:
         i32 = lambda *shape: torch.full(shape, -77, dtype=torch.int32, device=dev)
         bf16 = lambda *shape: torch.full(shape, float("nan"), dtype=torch.bfloat16, device=dev)
         b, t, g, pairs = self.b, self.t, self.g, self.b * self.g
+        # As `one_pass.rs` decides; a wanted span means two passes.
+        self.one_pass = (ARCH == "sm_90a" and self.d == 64 and self.every == 64 and self.window <= 129 and 128 < self.n_places <= 256
+                         and self.n_blocks * pairs >= 4 * 132 and self.wanted_span is None)
         span = self.wanted_span
-        if span is None:
+        if self.one_pass:
+            most = max(1, min(32, 8192 // self.n_places))
+            span = min(range(most, 0, -1), key=lambda span: ceil(ceil(self.n_blocks, span) * pairs, 132) * (span + 1))
+        elif span is None:
             # Long superblocks leave fewer partial sums, short ones more to do side by side; the table of keys must fit.
             span = 32
             while span > 1 and (span * self.n_places > 4096 and span > 8 or span * self.n_places > 8192 or ceil(self.n_blocks, span) * pairs < (48 if span * self.every <= 512 else 128)):
@@ -174,7 +181,9 @@ class Routed:
         # Blocks between which steps of 64 rows begin: there a key may take the place of another, if that saves a wave.
         waves = lambda tiles: ceil(self.n_super * pairs * tiles, 2 * 132)
         places = ceil(self.n_places, 64)
-        self.unit = 64 // math.gcd(64, self.every * self.group) if waves(places) < waves(places + 1) else span
+        self.unit = 1 if self.one_pass else 64 // math.gcd(64, self.every * self.group) if waves(places) < waves(places + 1) else span
+        self.n_rows = self.n_blocks * self.every * self.group
+        self.rows = f32(pairs, self.n_rows, 2) if self.one_pass else None
         self.routed_keys = i32(pairs, self.n_super, span * self.n_places, 4)
         self.n_keys, self.n_open = i32(pairs, self.n_super), i32(pairs, self.n_super)
         self.first_entry, self.first_tile = i32(pairs, self.n_super + 1), i32(pairs, self.n_super + 1)
@@ -260,15 +269,29 @@ class Routed:
         if self.n_places == 0:
             return
         pairs = self.b * self.g
+        if self.one_pass:
+            launch(self.keys("routed_gradients_sm90"), (self.n_super, pairs), 384, 227472, dout, q, k, v, self.rows, scores if self.biased else None, self.tau,
+                   self.lens, self.routed_keys, self.n_keys, self.n_open, self.first_entry, self.sums, self.score_sums, self.dq, self.t, self.g, self.n_blocks,
+                   self.n_places, self.every, self.inverse_temperature, self.span, self.capacity, *self.division)
+            return self.sum_entries()
         tiles = self.n_super * ceil(self.n_places, 64) * (1 if self.unit == 1 else 2)
         scores = scores if self.biased else None
         launch(self.keys("dkv_routed"), (tiles, pairs), 128, self.routed_shared(), dout, q, k, v, self.lse, self.delta, scores, self.tau, self.lens, self.routed_keys,
                self.n_open, self.first_entry, self.first_tile, self.sums, self.score_sums, self.t, self.g, self.n_blocks, self.n_places,
                self.every, self.inverse_temperature, self.span, self.unit, self.n_super, self.capacity, *self.division)
+        self.sum_entries()
+
+    def sum_entries(self):
         launch(self.keys("sum_entries"), (ceil(self.t, 16), self.g, self.b), 256, 0, self.readers, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
                self.dscores, self.t, self.g, self.capacity)
 
     def bwd_local(self, dout, q, k, v):
+        if self.one_pass:
+            pairs = self.b * self.g
+            chunk = ceil(self.n_blocks, max(1, 132 // pairs))
+            launch(self.keys("local_gradients_sm90"), (ceil(self.n_blocks, chunk), pairs), 512, 198848, dout, q, k, v, self.rows, self.lens, self.first_reader,
+                   self.sorted, self.sums, self.dq, self.dk, self.dv, self.t, self.g, self.n_blocks, self.window, chunk, self.capacity, *self.division)
+            return
         routed = self.n_places > 0
         launch(self.keys("dkv_local"), (ceil(self.t, 64), self.g, self.b), 128, self.key_shared(), dout, q, k, v, self.lse, self.delta, self.lens,
                self.first_reader if routed else None, self.sorted, self.sums, self.dk, self.dv, self.t, self.g, self.window, self.every, self.capacity, *self.division)
@@ -276,7 +299,11 @@ class Routed:
     def bwd(self, dout, q, k, v, scores):
         if self.n_places == 0 and self.biased:
             self.dscores.zero_()
-        self.bwd_dq(dout, q, k, v, scores)
+        if self.one_pass:
+            launch(self.keys("row_products"), (ceil(self.n_rows, 128), self.b * self.g), 256, 0, dout, self.o, self.lse, self.lens, self.rows, self.t, self.g,
+                   self.n_rows, *self.division)
+        else:
+            self.bwd_dq(dout, q, k, v, scores)
         self.bwd_index()
         self.bwd_routed(dout, q, k, v, scores)
         self.bwd_local(dout, q, k, v)

@@ -6,7 +6,7 @@ use sluice_tensor::cuda::{Arg, Buffer, Gpu, KernelSource, Precision, or_raise};
 use sluice_tensor::{DType, Tensor};
 
 use super::gpu_routing::GpuRouting;
-use super::{Dims, GateBias, RoutedGrads, Visibility, bidirectional};
+use super::{Dims, GateBias, RoutedGrads, Visibility, bidirectional, one_pass};
 use crate::launch::{act, act_mut, launch, optional, output};
 use crate::top_k_routing::Budget;
 
@@ -32,7 +32,7 @@ struct Width {
 
 const WIDTH_64: Width = Width {
     attention: source!("routed_attention", 64, "routed_attention.cu", "query_gradient.cu", "forward_sm90.cu"),
-    keys: source!("key_gradients", 64, "routed_keys.cu", "key_gradients.cu"),
+    keys: source!("key_gradients", 64, "routed_keys.cu", "key_gradients.cu", "one_pass.cuh", "routed_gradients_sm90.cu", "local_gradients_sm90.cu"),
     rows: 64,
     rows_sm90: 192,
     head_dim: 64,
@@ -67,17 +67,17 @@ impl Width {
     }
 }
 
-/// Keys of a step, places of a tile in `routed_keys.cu`, and rows of a step in `key_gradients.cu`.
-const KEYS: usize = 64;
+/// Keys of a step, places of a tile in `routed_keys.cu`, and rows of a step in `key_gradients.cu` and `one_pass.cuh`.
+pub(super) const KEYS: usize = 64;
 
 /// One call: sizes, routing, bias and what all kernels want to know of them.
-struct Call<'a> {
-    gpu: &'a Arc<Gpu>,
+pub(super) struct Call<'a> {
+    pub(super) gpu: &'a Arc<Gpu>,
     width: &'static Width,
-    dims: &'a Dims,
-    routing: &'a GpuRouting,
-    scores: Option<&'a Tensor>,
-    inverse_temperature: f32,
+    pub(super) dims: &'a Dims,
+    pub(super) routing: &'a GpuRouting,
+    pub(super) scores: Option<&'a Tensor>,
+    pub(super) inverse_temperature: f32,
 }
 
 impl<'a> Call<'a> {
@@ -107,20 +107,20 @@ impl<'a> Call<'a> {
     }
 
     /// Query heads of a KV head, and the reciprocal by which the kernels divide.
-    fn division(&self) -> [Arg; 2] {
+    pub(super) fn division(&self) -> [Arg; 2] {
         let group = self.dims.group() as u64;
         [Arg::I32(group as i32), Arg::U32(if group > 1 { ((1u64 << 32) / group + 1) as u32 } else { 0 })]
     }
 
-    fn int(x: usize) -> Arg {
+    pub(super) fn int(x: usize) -> Arg {
         Arg::I32(x as i32)
     }
 
-    fn bf16(&self, shape: &[usize]) -> Tensor {
+    pub(super) fn bf16(&self, shape: &[usize]) -> Tensor {
         Tensor::empty_on(self.gpu, shape, DType::Bf16)
     }
 
-    fn ints(&self, n: usize) -> Buffer {
+    pub(super) fn ints(&self, n: usize) -> Buffer {
         or_raise(self.gpu.alloc(n * 4))
     }
 
@@ -177,7 +177,7 @@ impl<'a> Call<'a> {
         sizes.into_iter().chain([self.inverse_temperature.into()]).chain(self.division())
     }
 
-    fn keys(&self, name: &str, grid: [usize; 3], threads: u32, shared: usize, args: &[Arg]) {
+    pub(super) fn keys(&self, name: &str, grid: [usize; 3], threads: u32, shared: usize, args: &[Arg]) {
         // SAFETY: as above; buffers were made for these sizes.
         unsafe { launch(self.gpu, &self.width.keys, name, grid, threads, shared as u32, args) };
     }
@@ -230,6 +230,9 @@ pub(super) fn bwd(gpu: &Arc<Gpu>, dims: &Dims, inputs: [&Tensor; 6], bias: Optio
     let call = Call::new(gpu, dims, bias, routing, dtype);
     let [dout, q, k, v, o] = [0, 1, 2, 3, 4].map(|i| inputs[i].to_dtype(DType::Bf16));
     let lse = inputs[5];
+    if one_pass::serves(&call) {
+        return one_pass::bwd(&call, [&dout, &q, &k, &v, &o, lse], dtype);
+    }
     let (mut dq, mut delta) = (call.bf16(q.shape()), output(gpu, lse.shape()));
     let args = [
         act(&dout),
@@ -251,7 +254,7 @@ pub(super) fn bwd(gpu: &Arc<Gpu>, dims: &Dims, inputs: [&Tensor; 6], bias: Optio
         call.by_rows("routed_attention_dq", 2, 5, &args);
     }
     let rows: [Arg; 6] = [act(&dout), act(&q), act(&k), act(&v), lse.into(), (&delta).into()];
-    let entries = (routing.n_routed > 0).then(|| routed(&call, &rows));
+    let entries = (routing.n_routed > 0).then(|| routed_apart(&call, &rows));
     let dscores = bias.map(|_| match &entries {
         Some(entries) => entries.dscores.clone().expect("there is a bias"),
         None => Tensor::zeros_on(&q.device(), [dims.b, dims.s, dims.g]),
@@ -277,27 +280,35 @@ pub(super) fn bwd(gpu: &Arc<Gpu>, dims: &Dims, inputs: [&Tensor; 6], bias: Optio
 }
 
 /// What the readers of routed keys contributed, added up: the sums of a key are in the first of its entries.
-struct Entries {
-    first_reader: Buffer,
-    sorted: Buffer,
-    sums: Buffer,
-    capacity: usize,
-    dscores: Option<Tensor>,
+pub(super) struct Entries {
+    pub(super) first_reader: Buffer,
+    pub(super) sorted: Buffer,
+    pub(super) sums: Buffer,
+    pub(super) capacity: usize,
+    pub(super) dscores: Option<Tensor>,
 }
 
-/// `rows` are the addresses of dout, q, k, v, lse and delta.
-fn routed(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
+/// Routed keys by superblocks, and where their sums go.
+pub(super) struct Index {
+    pub(super) superblocks: Superblocks,
+    pub(super) routed_keys: Buffer,
+    pub(super) n_keys: Buffer,
+    pub(super) n_open: Buffer,
+    pub(super) first_entry: Buffer,
+    first_tile: Buffer,
+    pub(super) sums: Buffer,
+    pub(super) score_sums: Buffer,
+}
+
+/// The sums of routed keys: `visit` queues the kernel that leaves one for every key of a superblock. A key can take the place of another
+/// wherever a unit of so many blocks begins.
+pub(super) fn routed(call: &Call<'_>, superblocks: Superblocks, unit: usize, visit: impl FnOnce(&Index)) -> Entries {
     let Dims { b, t, g, d, .. } = *call.dims;
     let GpuRouting { n_blocks, n_routed, route_every, .. } = *call.routing;
     let (pairs, int) = (b * g, Call::int);
-    let Superblocks { span, n, capacity } = Superblocks::new(t, n_blocks, n_routed, route_every, pairs, call.routing.never_returns);
+    let Superblocks { span, n, capacity } = superblocks;
     let slots = (2 * span * n_routed).next_power_of_two().max(256);
 
-    // Blocks between which steps begin: there a key can take the place of another. That saves a tile of places or two, which
-    // costs more than it wins if as many waves of blocks of threads are left, two on a multiprocessor.
-    let tiles = n_routed.div_ceil(KEYS);
-    let waves = |tiles: usize| (n * pairs * tiles).div_ceil(2 * call.gpu.info().multiprocessors as usize);
-    let unit = if waves(tiles) < waves(tiles + 1) { KEYS / greatest_common_divisor(KEYS, route_every * call.dims.group()) } else { span };
     let routed_keys = call.ints(pairs * n * span * n_routed * 4);
     let [n_keys, n_open, n_listed] = [pairs * n, pairs * n, pairs].map(|n| call.ints(n));
     let [first_entry, first_tile] = [0; 2].map(|_| call.ints(pairs * (n + 1)));
@@ -321,18 +332,10 @@ fn routed(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
     args.extend([t, g, n_routed, span, capacity].map(int));
     call.keys("list_entries", grid, 256, 0, &args);
 
-    let mut args: Vec<Arg> = rows.to_vec();
-    args.extend([optional(call.scores), (&call.routing.tau).into(), lens]);
-    args.extend([&routed_keys, &n_open, &first_entry, &first_tile, &sums, &score_sums].map(Arg::from));
-    args.extend([t, g, n_blocks, n_routed, route_every].map(int));
-    args.push(call.inverse_temperature.into());
-    args.extend([span, unit, n, capacity].map(int));
-    args.extend(call.division());
-    // A block of threads for every tile, or some too many where more places may be open than a block has keys; what is known
-    // of places takes 24 bytes each.
-    let grid = [n * if unit == 1 { tiles } else { 2 * tiles }, pairs, 1];
-    call.keys("dkv_routed", grid, 128, call.key_shared() + KEYS * 24, &args);
+    let index = Index { superblocks, routed_keys, n_keys, n_open, first_entry, first_tile, sums, score_sums };
+    visit(&index);
 
+    let Index { sums, score_sums, .. } = index;
     let mut dscores = call.scores.map(|scores| output(call.gpu, scores.shape()));
     let mut args: Vec<Arg> = [&readers, &first_reader, &entries, &sorted, &sums, &score_sums].map(Arg::from).into();
     args.push(dscores.as_mut().map_or(Arg::U64(0), Arg::from));
@@ -341,19 +344,46 @@ fn routed(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
     Entries { first_reader, sorted, sums, capacity, dscores }
 }
 
+/// The sums of routed keys by a kernel for them alone; `rows` are the addresses of dout, q, k, v, lse and delta.
+fn routed_apart(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
+    let Dims { b, t, g, .. } = *call.dims;
+    let GpuRouting { n_blocks, n_routed, route_every, never_returns, .. } = *call.routing;
+    let (pairs, int) = (b * g, Call::int);
+    let superblocks = Superblocks::new(span(n_blocks, n_routed, route_every, pairs), t, n_blocks, n_routed, never_returns);
+    let Superblocks { span, n, capacity } = superblocks;
+    // Blocks between which steps begin: there a key can take the place of another. That saves a tile of places or two, which
+    // costs more than it wins if as many waves of blocks of threads are left, two on a multiprocessor.
+    let tiles = n_routed.div_ceil(KEYS);
+    let waves = |tiles: usize| (n * pairs * tiles).div_ceil(2 * call.gpu.info().multiprocessors as usize);
+    let unit = if waves(tiles) < waves(tiles + 1) { KEYS / greatest_common_divisor(KEYS, route_every * call.dims.group()) } else { span };
+    routed(call, superblocks, unit, |index| {
+        let mut args: Vec<Arg> = rows.to_vec();
+        args.extend([optional(call.scores), (&call.routing.tau).into(), (&call.routing.lens_there).into()]);
+        args.extend([&index.routed_keys, &index.n_open, &index.first_entry, &index.first_tile, &index.sums, &index.score_sums].map(Arg::from));
+        args.extend([t, g, n_blocks, n_routed, route_every].map(int));
+        args.push(call.inverse_temperature.into());
+        args.extend([span, unit, n, capacity].map(int));
+        args.extend(call.division());
+        // A block of threads for every tile, or some too many where more places may be open than a block has keys; what is known
+        // of places takes 24 bytes each.
+        let grid = [n * if unit == 1 { tiles } else { 2 * tiles }, pairs, 1];
+        call.keys("dkv_routed", grid, 128, call.key_shared() + KEYS * 24, &args);
+    })
+}
+
 /// How the readers of routed keys are divided.
-struct Superblocks {
+#[derive(Clone, Copy)]
+pub(super) struct Superblocks {
     /// Blocks of a superblock.
-    span: usize,
+    pub(super) span: usize,
     /// Superblocks of a sequence.
-    n: usize,
+    pub(super) n: usize,
     /// Most entries of a key in a superblock, all together.
-    capacity: usize,
+    pub(super) capacity: usize,
 }
 
 impl Superblocks {
-    fn new(t: usize, n_blocks: usize, n_routed: usize, route_every: usize, pairs: usize, never_returns: bool) -> Self {
-        let span = span(n_blocks, n_routed, route_every, pairs);
+    pub(super) fn new(span: usize, t: usize, n_blocks: usize, n_routed: usize, never_returns: bool) -> Self {
         let n = n_blocks.div_ceil(span);
         // A key that never returns enters once at most, beside those that are there when a superblock begins.
         let at_most = if never_returns { t + n * n_routed } else { usize::MAX };
@@ -361,11 +391,15 @@ impl Superblocks {
     }
 }
 
-/// Bytes that the gradients of routed keys need beside their inputs and results, for a routing by top-k.
+/// Bytes that the gradients of routed keys need at most beside their inputs and results, for a routing by top-k.
 pub(super) fn scratch_bytes([b, t, g, d]: [usize; 4], budget: &Budget) -> usize {
-    let n_routed = budget.n_routed(t);
-    let Superblocks { span, n, capacity } = Superblocks::new(t, budget.n_blocks(t), n_routed, budget.route_every, b * g, true);
-    4 * b * g * (capacity * (2 * d + 3) + 4 * n * span * n_routed + 3 * t)
+    let (n_blocks, n_routed, pairs) = (budget.n_blocks(t), budget.n_routed(t), b * g);
+    let bytes = |span| {
+        let Superblocks { span, n, capacity } = Superblocks::new(span, t, n_blocks, n_routed, true);
+        4 * pairs * (capacity * (2 * d + 3) + 4 * n * span * n_routed + 3 * t)
+    };
+    let apart = bytes(span(n_blocks, n_routed, budget.route_every, pairs));
+    apart.max(bytes(one_pass::span(n_blocks, n_routed, pairs, one_pass::MULTIPROCESSORS)))
 }
 
 /// Blocks of a superblock: long ones leave fewer partial sums, short ones more to do side by side; a bit a block, and the

@@ -23,6 +23,7 @@ mod cpu;
 mod cuda;
 pub(crate) mod gpu_routing;
 pub mod naive;
+mod one_pass;
 mod placed;
 mod routing;
 #[cfg(test)]

@@ -17,25 +17,55 @@ struct __align__(16) RoutedKey {
     int next, due;
 };
 
+// What a list says of a key: whether its block is the first or the last of a superblock that reads it, and how many earlier
+// keys of the list share that. Keys that stay throughout are counted apart.
+struct Listed {
+    u32 slot, blocks;
+    bool begins, stays, ends;
+    int rank, rank_of_end;
+};
+
+// For every key in the list of block `block`, by a warp: `each(what the list says)`. How many begin and stay, begin and do not, and
+// end: for all threads. `slots [.., n_places]` name the keys of a list in the table `slot_blocks`, 0xffff where there is none.
+template <class Each>
+__device__ __forceinline__ int3 for_listed(const unsigned short* slots, const u32* slot_blocks, int n_places, int block, int unit, int last_unit, Each each) {
+    int3 n = make_int3(0, 0, 0);
+    const int lane = threadIdx.x % 32;
+    const u32 before = (1u << lane) - 1;
+    for (int i = lane; i - lane < n_places; i += 32) {
+        Listed key;
+        key.slot = i < n_places ? slots[block * n_places + i] : 0xffff;
+        key.blocks = key.slot != 0xffff ? slot_blocks[key.slot] : 0;
+        const int last = 31 - __clz(key.blocks);
+        key.begins = __ffs(key.blocks) - 1 == block, key.ends = last == block;
+        key.stays = key.begins && block < unit && last / unit == last_unit;
+        const u32 stay = __ballot_sync(0xffffffffu, key.stays), begin = __ballot_sync(0xffffffffu, key.begins && !key.stays), end = __ballot_sync(0xffffffffu, key.ends);
+        key.rank = key.stays ? n.x + __popc(stay & before) : n.y + __popc(begin & before);
+        key.rank_of_end = n.z + __popc(end & before);
+        each(key);
+        n.x += __popc(stay), n.y += __popc(begin), n.z += __popc(end);
+    }
+    return n;
+}
+
 // The routed keys of a superblock, each once. The first `n_open` begin a place of their own, in this order; those that
-// stay throughout come first. A place changes hands where a unit of `unit` blocks begins, where a step of `dkv_routed`
-// begins too. Grid [n, G, B], 256 threads; dynamic shared memory: `n_slots` (a power of two, at least twice
-// span * n_places) slots of 8 bytes and span * n_places times two numbers of 2.
+// stay throughout come first. A place changes hands where a unit of `unit` blocks begins, where a step of the kernels that
+// follow begins too. Which place a key has follows from the lists alone, so that sums over places are the same every time.
+// Grid [n, G, B], 256 threads; dynamic shared memory: `n_slots` (a power of two, at least twice span * n_places) slots of
+// 8 bytes and span * n_places times two numbers of 2.
 extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* indices, const int* lens, RoutedKey* routed_keys, int* n_keys, int* n_open, int* readers,
                                                                   int* n_listed, int T, int G, int n_blocks, int n_places, int every, int span, int unit, int n_slots) {
-    // A hash table. What depends on the order of its slots is only where a key is computed, never what.
+    // A hash table, in which chance says where a key is. Once its row is known elsewhere, `slot_row` has its place.
     extern __shared__ __align__(16) int slot_row[];
     u32* slot_blocks = (u32*)(slot_row + n_slots);
-    unsigned short* slots = (unsigned short*)(slot_row + 2 * n_slots);  // Those with a key.
-    unsigned short* left = slots + span * n_places;                     // Keys whose places become free, in the order of units.
-    __shared__ int n, n_staying, n_first[32], n_last[32];               // Keys; those that stay; those that begin and end in a unit.
-    __shared__ int opened[32], taken[32], n_taken[32], freed[32], n_places_open;
-    const int superblock = blockIdx.x, g = blockIdx.y, b = blockIdx.z;
+    unsigned short* slots = (unsigned short*)(slot_row + 2 * n_slots);
+    unsigned short* left = slots + span * n_places;                             // Places of keys in the order of their last blocks.
+    __shared__ int staying[33], begin[33], end[33];                             // By blocks: keys before, as `Listed` counts them.
+    __shared__ int opened[32], taken[32], n_taken[32], n_places_open;           // By units.
+    const int superblock = blockIdx.x, g = blockIdx.y, b = blockIdx.z, warp = threadIdx.x / 32;
     const long pair = (long)b * G + g, at = pair * gridDim.x + superblock;
     routed_keys += at * span * n_places;
     for (int i = threadIdx.x; i < n_slots / 4; i += 256) ((int4*)slot_row)[i] = make_int4(-1, -1, -1, -1), ((uint4*)slot_blocks)[i] = make_uint4(0, 0, 0, 0);
-    if (threadIdx.x < 32) n_first[threadIdx.x] = n_last[threadIdx.x] = 0;
-    if (threadIdx.x == 0) n = n_staying = 0;
     __syncthreads();
     const int first = superblock * span, n_valid = max(0, min(min(span, n_blocks - first), (lens[b] + every - 1) / every - first));
     const int* lists = indices + (((long)b * n_blocks + first) * G + g) * n_places;
@@ -48,57 +78,73 @@ extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* ind
 #pragma unroll
             for (int e = 0; e < AT_ONCE; e++) {
                 const int row = rows[e];
-                if (row < 0) continue;
-                u32 slot = (u32)row * 2654435761u & (n_slots - 1);
-                for (;;) {
-                    const int found = atomicCAS(slot_row + slot, -1, row);
-                    if (found == -1) slots[atomicAdd(&n, 1)] = slot;
-                    if (found == -1 || found == row) break;
-                    slot = (slot + 1) & (n_slots - 1);
+                u32 slot = 0xffff;
+                if (row >= 0) {
+                    slot = (u32)row * 2654435761u & (n_slots - 1);
+                    for (;;) {
+                        const int found = atomicCAS(slot_row + slot, -1, row);
+                        if (found == -1 || found == row) break;
+                        slot = (slot + 1) & (n_slots - 1);
+                    }
+                    atomicOr(slot_blocks + slot, 1u << (block + e));
                 }
-                atomicOr(slot_blocks + slot, 1u << (block + e));
+                if (block + e < n_valid) slots[(block + e) * n_places + i] = slot;
             }
         }
     }
     __syncthreads();
-    // A key has its place from its first unit to its last. As many as possible take over the places of others.
-    const int last_unit = (n_valid - 1) / unit;
-    for (int i = threadIdx.x; i < n; i += 256) {
-        const u32 blocks = slot_blocks[slots[i]];
-        const int begins = (__ffs(blocks) - 1) / unit, ends = (31 - __clz(blocks)) / unit;
-        atomicAdd(begins == 0 && ends == last_unit ? &n_staying : n_first + begins, 1);
-        atomicAdd(n_last + ends, 1);
-        atomicAdd(readers + pair * T + slot_row[slots[i]], 1);
+    const int last_unit = (n_valid + unit - 1) / unit - 1;
+    for (int block = warp; block < n_valid; block += 8) {
+        const int3 n = for_listed(slots, slot_blocks, n_places, block, unit, last_unit, [](const Listed&) {});
+        if (threadIdx.x % 32 == 0) staying[block + 1] = n.x, begin[block + 1] = n.y, end[block + 1] = n.z;
     }
     __syncthreads();
-    if (threadIdx.x < 32) {
-        const int begin = n_first[threadIdx.x], end = n_last[threadIdx.x];
-        int n_opened = n_staying, n_taken_all = 0, n_freed = 0;
+    // A key has its place from its first unit to its last. As many as possible take over the places of others.
+    if (warp == 0) {
+        const int lane = threadIdx.x;
+        int3 n = lane < n_valid ? make_int3(staying[lane + 1], begin[lane + 1], end[lane + 1]) : make_int3(0, 0, 0);
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const int3 other = make_int3(__shfl_up_sync(0xffffffffu, n.x, d), __shfl_up_sync(0xffffffffu, n.y, d), __shfl_up_sync(0xffffffffu, n.z, d));
+            if (lane >= d) n.x += other.x, n.y += other.y, n.z += other.z;
+        }
+        if (lane == 0) staying[0] = begin[0] = end[0] = 0;
+        staying[lane + 1] = n.x, begin[lane + 1] = n.y, end[lane + 1] = n.z;
+        __syncwarp();
+        // Lane `u` has the unit `u`.
+        const int from = min(lane * unit, 32), to = min(from + unit, 32), begin_here = begin[to] - begin[from], freed_here = end[from];
+        int n_opened = staying[32], n_taken_all = 0;
 #pragma unroll 4
         for (int u = 0; u <= last_unit; u++) {
-            const int begin_u = __shfl_sync(0xffffffffu, begin, u), end_u = __shfl_sync(0xffffffffu, end, u), take = min(begin_u, n_freed - n_taken_all);
-            if (threadIdx.x == u) n_taken[u] = take, opened[u] = n_opened, taken[u] = n_taken_all, freed[u] = n_freed;
-            n_opened += begin_u - take, n_taken_all += take, n_freed += end_u;
+            const int begin_u = __shfl_sync(0xffffffffu, begin_here, u), take = min(begin_u, __shfl_sync(0xffffffffu, freed_here, u) - n_taken_all);
+            if (lane == u) n_taken[u] = take, opened[u] = n_opened, taken[u] = n_taken_all;
+            n_opened += begin_u - take, n_taken_all += take;
         }
-        __syncwarp();
-        n_first[threadIdx.x] = n_last[threadIdx.x] = 0;
-        if (threadIdx.x == 0) n_staying = 0, n_places_open = n_opened;
+        if (lane == 0) n_places_open = n_opened;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < n; i += 256) {
-        const u32 blocks = slot_blocks[slots[i]];
-        const int begins = (__ffs(blocks) - 1) / unit, ends = (31 - __clz(blocks)) / unit;
-        int to;
-        if (begins == 0 && ends == last_unit) {
-            to = atomicAdd(&n_staying, 1);
-        } else {
-            to = atomicAdd(n_first + begins, 1);
-            to = to < n_taken[begins] ? n_places_open + taken[begins] + to : opened[begins] + to - n_taken[begins];
-        }
-        left[freed[ends] + atomicAdd(n_last + ends, 1)] = to;
-        routed_keys[to] = {slot_row[slots[i]], blocks, -1, 0};
+    for (int block = warp; block < n_valid; block += 8) {
+        for_listed(slots, slot_blocks, n_places, block, unit, last_unit, [&](const Listed& key) {
+            if (!key.begins) return;
+            const int u = block / unit, rank = begin[block] + key.rank - begin[u * unit];
+            int to;
+            if (key.stays) to = staying[block] + key.rank;
+            else if (rank < n_taken[u]) to = n_places_open + taken[u] + rank;
+            else to = opened[u] + rank - n_taken[u];
+            const int row = slot_row[key.slot];
+            routed_keys[to] = {row, key.blocks, -1, 0};
+            atomicAdd(readers + pair * T + row, 1);
+            slot_row[key.slot] = to;
+        });
     }
     __syncthreads();
+    for (int block = warp; block < n_valid; block += 8) {
+        for_listed(slots, slot_blocks, n_places, block, unit, last_unit, [&](const Listed& key) {
+            if (key.ends) left[end[block] + key.rank_of_end] = slot_row[key.slot];
+        });
+    }
+    __syncthreads();
+    const int n = end[32];
     for (int i = threadIdx.x; i < n - n_places_open; i += 256) {
         RoutedKey& before = routed_keys[left[i]];
         before.next = n_places_open + i;

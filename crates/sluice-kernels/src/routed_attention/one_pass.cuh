@@ -1,0 +1,213 @@
+// Routed attention: gradients of queries, keys and values in one pass on Hopper, for heads of 64; what its two kernels share.
+// Follows key_gradients.cu, which computes the same for keys everywhere.
+//
+// 64 keys a tile stay in place while rows of queries pass by, 64 a step, and the gradients of keys stay in registers, as in
+// key_gradients.cu. But the gradients of logits also go to shared memory, where those of all tiles are a factor of the queries'
+// gradient: logits and their gradients are computed once, five products instead of seven. `routed_gradients_sm90` does so
+// with the routed keys of a superblock and leaves its part of dq; `local_gradients_sm90` does so with the window and ends both.
+//
+// Every warpgroup but the first has tiles of keys and computes. Of the first, two warps copy the rows of the steps to come and
+// two store dq. Nobody waits for all others: parts of shared memory change hands through barriers that count phases, `full` when
+// there is something to read and `empty` when it has been read. The gradient of a step's queries falls to the warpgroups in turn.
+
+#if WGMMA && HEAD_DIM == 64
+
+namespace one_pass {
+
+constexpr int STAGES = 4;                                       // Steps whose rows are in shared memory.
+constexpr float SCALE = 0.125f, SCALE2 = SCALE * LOG2E;         // Of logits, and in units of log2.
+
+// A thread's part of 64 x 64 accumulators, and the same as factors of a product (`to_fragments`).
+using Block = float[8][4];
+using Fragments = u32[4][4];
+
+// In shared memory, behind the tiles. Every row: minus its log sum in units of log2, which is -inf for padding, and delta.
+struct Common {
+    u64 rows_full[STAGES], rows_empty[STAGES], ds_full[2], ds_empty[2], dq_full[2], dq_empty[2];
+    __align__(16) float2 rows[STAGES][ROWS];
+};
+
+// To be called by one thread, with the number of warpgroups that compute.
+__device__ __forceinline__ void init(Common& common, int warpgroups) {
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) {
+        barrier_init(shared_address(common.rows_full + i), 64);
+        barrier_init(shared_address(common.rows_empty + i), warpgroups * 4);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        barrier_init(shared_address(common.ds_full + i), warpgroups * 128);
+        barrier_init(shared_address(common.ds_empty + i), 4);
+        barrier_init(shared_address(common.dq_full + i), 128);
+        barrier_init(shared_address(common.dq_empty + i), 64);
+    }
+}
+
+// Of something that is used every N steps: where it is, and the parity of its phase.
+template <int N>
+__device__ __forceinline__ u32 part(const u64 (&barriers)[N], int step) { return shared_address(barriers) + step % N * 8; }
+template <int N>
+__device__ __forceinline__ u32 parity(int step) { return step / N & 1; }
+
+__device__ __forceinline__ void sync_warpgroup() { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup()) : "memory"); }
+
+// Show the matrix unit what this thread has written, or seen to be written by copies.
+__device__ __forceinline__ void show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Copy 64 rows of D numbers of two matrices to two tiles, by 64 threads, of which this is one; `source(i)` is the row behind row i.
+template <class Source>
+__device__ __forceinline__ void copy_64_rows(int thread, u32 x_tile, const bf16* x, u32 y_tile, const bf16* y, Source source) {
+    const int first = thread / 8, piece = thread % 8;
+    const u32 at = tile_at<64>(first, piece);
+    const char *x_piece = (const char*)(x + piece * 8), *y_piece = (const char*)(y + piece * 8);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const u64 from = (u64)(u32)source(first + i * 8) * (D * 2);
+        copy16(x_tile + at + i * 1024, x_piece + from);
+        copy16(y_tile + at + i * 1024, y_piece + from);
+    }
+}
+
+// Copy the rows of a step, `row` the first of them: those of q and dout, and what is known of them from `rows`, by 64 threads.
+__device__ __forceinline__ void copy_step(int thread, Common& common, u32 ring, const Problem& x, const float2* rows, int b, int g, int row, int end, int step) {
+    barrier_wait(part(common.rows_empty, step), parity<STAGES>(step) ^ 1);
+    const u32 q_tile = ring + step % STAGES * (2 * TILE);
+    copy_64_rows(thread, q_tile, x.q, q_tile + TILE, x.dout, [&](int i) { return x.group.at(b, x.T, x.G, g, min(row + i, end - 1)); });
+    if (thread < 32) copy16(shared_address(common.rows[step % STAGES]) + thread * 16, rows + row + thread * 2);
+    barrier_arrive_with_copies(part(common.rows_full, step));
+}
+
+// Logits of 64 keys (rows) and the rows of a step (columns), and the products of values and dout.
+__device__ __forceinline__ void start(Block& s, Block& ds, u32 k_tile, u32 v_tile, u32 q_tile) {
+    products_begin();
+    product_of_tiles<D, 64, 64>(s, k_tile, 0, q_tile);
+    product_of_tiles<D, 64, 64>(ds, v_tile, 0, q_tile + TILE);
+    products_commit();
+}
+
+// Weights and gradients of logits from what `start` began; `add` what comes to the logits of the thread's two keys, in units of log2. The
+// sums over this thread's rows of the gradients of its keys' logits come to `sum`.
+template <bool SUMMED>
+__device__ __forceinline__ void weigh(Fragments& weights, Fragments& factors, const Block& s, const Block& ds, const float2* rows, const float (&add)[2], float (&sum)[2]) {
+    const float4* pairs = (const float4*)rows + threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float4 row = pairs[4 * j];
+#pragma unroll
+        for (int key = 0; key < 2; key++) {
+            const float p0 = exp2_fast(fmaf(s[j][2 * key], SCALE2, add[key] + row.x)), p1 = exp2_fast(fmaf(s[j][2 * key + 1], SCALE2, add[key] + row.z));
+            const float g0 = p0 * (ds[j][2 * key] - row.y), g1 = p1 * (ds[j][2 * key + 1] - row.w);
+            weights[j / 2][j % 2 * 2 + key] = pack(p0, p1);
+            factors[j / 2][j % 2 * 2 + key] = pack(g0, g1);
+            if (SUMMED) sum[key] += g0 + g1;
+        }
+    }
+}
+
+// Write a warpgroup's fragments of 64 rows and 64 columns to a tile.
+__device__ __forceinline__ void fragments_to_tile(u32 tile, const Fragments& x) {
+    const int lane = threadIdx.x % 32;
+    const u32 at = tile + tile_at<64>(threadIdx.x / 32 % 4 * 16 + lane % 16, lane / 16);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at ^ i * 32), "r"(x[i][0]), "r"(x[i][1]), "r"(x[i][2]), "r"(x[i][3])
+                     : "memory");
+    }
+}
+
+// acc (+)= A^T B, both tiles of 64 rows and columns; a sum begins with `add` 0.
+__device__ __forceinline__ void product_of_transposed(Block& acc, u32 a, u32 b, int add) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " REGS32
+                     ", %32, %33, p, 1, 1, 1, 1;\n}"
+                     : ACC16(0), ACC16(4)
+                     : "l"(describe(a, i * 2048, TILE)), "l"(describe(b, i * 2048, TILE)), "r"(i > 0 ? 1 : add));
+    }
+}
+
+// dq of a step, by a warpgroup: wait for the gradients of its logits, `products(acc)` asks for the products with the keys, and the result goes to the
+// tile from which `store_dq` takes it.
+template <class Products>
+__device__ __forceinline__ void dq_of_step(Common& common, u32 dq_tiles, int step, Products products) {
+    barrier_wait(part(common.ds_full, step), parity<2>(step));
+    Block acc;
+    products_begin();
+    products(acc);
+    products_commit();
+    products_wait<0>();
+    if (threadIdx.x % 32 == 0) barrier_arrive(part(common.ds_empty, step));
+#pragma unroll
+    for (int j = 0; j < 8; j++) acc[j][0] *= SCALE, acc[j][1] *= SCALE, acc[j][2] *= SCALE, acc[j][3] *= SCALE;
+    Fragments result;
+    to_fragments<64>(result, acc);
+    barrier_wait(part(common.dq_empty, step), parity<2>(step) ^ 1);
+    fragments_to_tile(dq_tiles + step % 2 * TILE, result);
+    barrier_arrive(part(common.dq_full, step));
+}
+
+// Store dq of a step, `row` its first, by 64 threads; `ADDED` to what is there.
+template <bool ADDED>
+__device__ __forceinline__ void store_dq(int thread, Common& common, const unsigned char* dq_tiles, bf16* dq, const Problem& x, int b, int g, int row, int end, int step) {
+    constexpr int AT_ONCE = 4;
+    const int first = thread / 8, piece = thread % 8;
+    const unsigned char* tile = dq_tiles + step % 2 * TILE + tile_at<64>(first, piece);
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+        uint4 there[AT_ONCE];
+        u32 at[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            at[i] = x.group.at(b, x.T, x.G, g, min(row + first + (half * AT_ONCE + i) * 8, end - 1));
+            if (ADDED) there[i] = *(const uint4*)(dq + (u64)at[i] * D + piece * 8);
+        }
+        if (half == 0) barrier_wait(part(common.dq_full, step), parity<2>(step));
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            uint4 y = *(const uint4*)(tile + (half * AT_ONCE + i) * 1024);
+            if (ADDED) {
+                const auto sum = [](u32 a, u32 b) { return pack(low_float(a) + low_float(b), high_float(a) + high_float(b)); };
+                y = make_uint4(sum(y.x, there[i].x), sum(y.y, there[i].y), sum(y.z, there[i].z), sum(y.w, there[i].w));
+            }
+            if (row + first + (half * AT_ONCE + i) * 8 < end) *(uint4*)(dq + (u64)at[i] * D + piece * 8) = y;
+        }
+    }
+    barrier_arrive(part(common.dq_empty, step));
+}
+
+}  // namespace one_pass
+
+// What the steps want to know of rows, [P, n_rows] in the order of queries and, for each, of the group's heads: see `Common`. Grid
+// [ceil(n_rows / 128), P], 256 threads.
+extern "C" __global__ __launch_bounds__(256) void row_products(const bf16* dout, const bf16* o, const float* lse, const int* lens, float2* rows, int T, int G, int n_rows,
+                                                               int group, u32 reciprocal) {
+    constexpr int AT_ONCE = 4;
+    const int pair = blockIdx.y, b = pair / G, g = pair % G, end = lens[b] * group, first = blockIdx.x * 128 + threadIdx.x / 8, piece = threadIdx.x % 8;
+    const Group heads = {group, reciprocal};
+    uint4 xs[AT_ONCE], ys[AT_ONCE];
+    float log_sums[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+        const int row = first + i * 32;
+        if (row < end) {
+            const u32 at = heads.at(b, T, G, g, row);
+            xs[i] = *(const uint4*)(dout + (u64)at * D + piece * 8), ys[i] = *(const uint4*)(o + (u64)at * D + piece * 8);
+            log_sums[i] = lse[at];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+        const int row = first + i * 32;
+        float sum = 0.0f;
+        if (row < end) {
+            const u32 x[4] = {xs[i].x, xs[i].y, xs[i].z, xs[i].w}, y[4] = {ys[i].x, ys[i].y, ys[i].z, ys[i].w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) sum += low_float(x[e]) * low_float(y[e]) + high_float(x[e]) * high_float(y[e]);
+        }
+        sum = quad_sum(sum);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 4);
+        if (piece == 0 && row < n_rows) rows[(long)pair * n_rows + row] = row < end ? make_float2(-log_sums[i] * LOG2E, sum) : make_float2(-infinity(), 0.0f);
+    }
+}
+
+#endif

@@ -1,0 +1,225 @@
+// Routed attention: the gradients that routed keys have and give, in one pass on Hopper, for heads of 64. Follows one_pass.cuh.
+//
+// A block of threads has a superblock: its 256 places of keys stay with two warpgroups, 128 each, while its rows pass by. A key that no later
+// block reads gives its place to one that comes, where a block of queries begins (routed_keys.cu with units of one block).
+
+#if WGMMA && HEAD_DIM == 64
+
+namespace one_pass {
+
+constexpr int PLACES = 256;
+
+// A place: which key it has, as a number of the superblock's list, and the one that takes over.
+struct Place {
+    RoutedKey ahead;    // The next key, if there is one.
+    int number, next;   // -1: none.
+    u32 blocks;         // That read the key, a bit for each.
+    int due;            // Block from which the next one counts.
+    float score, slope, dscore;
+    int unused;
+};
+
+struct RoutedShared {
+    static constexpr int k = 0, v = 4 * TILE, ring = 8 * TILE, ds = ring + STAGES * 2 * TILE, dq = ds + 8 * TILE, common = dq + 2 * TILE;
+    Common common_part;
+    Place places[PLACES];
+    u32 changes;        // Blocks from which some place has another key.
+};
+static_assert(RoutedShared::common + sizeof(RoutedShared) == 227472, "cuda.rs counts on this");
+
+// What a thread keeps of one of the two tiles of keys of its warpgroup.
+struct KeyTile {
+    Block dk, dv;
+    float add[2];
+};
+
+// Of a superblock's rows: its part of dq [B, T, H, D], and the sums of its keys. Grid [n, P], 384 threads; `rows` from `row_products`.
+extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float2* rows,
+                                                                           const float* scores, const float* tau, const int* lens, const RoutedKey* routed_keys,
+                                                                           const int* n_keys, const int* n_open, const int* first_entry, float* sums,
+                                                                           float* score_sums, bf16* dq, int T, int G, int n_blocks, int n_places, int every,
+                                                                           float inverse_temperature, int span, int capacity, int group, u32 reciprocal) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const int superblock = blockIdx.x, pair = blockIdx.y, n = gridDim.x, b = pair / G, g = pair % G;
+    const int begin = superblock * span * every, begin_row = begin * group, end_row = min(begin + span * every, lens[b]) * group;
+    if (begin_row >= end_row) return;
+    const int steps = (end_row - begin_row + ROWS - 1) / ROWS;
+    const Problem x = {dout, q, k, v, nullptr, nullptr, T, G, {group, reciprocal}};
+    const u32 base = __shfl_sync(0xffffffffu, shared_address(shared), 0);
+    RoutedShared& state = *(RoutedShared*)(shared + RoutedShared::common);
+    Common& common = state.common_part;
+    rows += (long)pair * n_blocks * every * group;
+    const int at = pair * n + superblock, n_here = n_open[at], n_all = n_keys[at];
+    const RoutedKey* list = routed_keys + (long)at * span * n_places;
+    if (threadIdx.x == 0) {
+        if (n_here > PLACES) __trap();
+        init(common, 2);
+        state.changes = 0;
+    }
+    __syncthreads();
+    for (int i = n_here + threadIdx.x; i < n_all; i += 384) atomicOr(&state.changes, list[i].blocks & -list[i].blocks);
+    __syncthreads();
+
+    if (warpgroup() == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        const int thread = threadIdx.x % 64;
+#pragma unroll 1
+        for (int step = 0; step < steps; step++) {
+            const int row = begin_row + step * ROWS;
+            if (threadIdx.x < 64) copy_step(thread, common, base + RoutedShared::ring, x, rows, b, g, row, end_row, step);
+            else store_dq<false>(thread, common, shared + RoutedShared::dq, dq, x, b, g, row, end_row, step);
+        }
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        return;
+    }
+
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    const int me = warpgroup() - 1, lane = threadIdx.x % 32;
+    const u32 k_tiles = base + RoutedShared::k, v_tiles = base + RoutedShared::v;
+    const u32 row0 = (u32)b * T * G + g;
+    sums += ((long)pair * capacity + first_entry[pair * (n + 1) + superblock]) * (2 * D);
+    score_sums += (long)pair * capacity + first_entry[pair * (n + 1) + superblock];
+    // A thread's two keys of a tile.
+    const int first_place = me * 128 + threadIdx.x / 32 % 4 * 16 + lane / 4;
+    const auto place_of = [&](int tile, int key) -> Place& { return state.places[first_place + tile * 64 + key * 8]; };
+    {
+        // Places without a key hold that of another one, which no block reads there.
+        const int thread = threadIdx.x % 128, number = me * 128 + thread;
+        Place& place = state.places[number];
+        const RoutedKey key = number < n_here ? list[number] : RoutedKey{0, 0, -1, 0};
+        place.number = number < n_here ? number : -1, place.next = key.next, place.blocks = key.blocks;
+        place.due = key.next >= 0 ? key.due : 0x7fffffff;
+        place.score = scores && number < n_here ? scores[row0 + key.row * G] : infinity();
+        place.dscore = 0.0f;
+        if (key.next >= 0) place.ahead = list[key.next];
+        const auto source = [&](int i) { return n_here > 0 ? row0 + list[min(me * 128 + i, n_here - 1)].row * G : row0; };
+        copy_64_rows(thread % 64, k_tiles + (me * 2 + thread / 64) * TILE, k, v_tiles + (me * 2 + thread / 64) * TILE, v, [&](int i) { return source(thread / 64 * 64 + i); });
+        copies_commit();
+        copies_wait<0>();
+        sync_warpgroup();
+    }
+
+    KeyTile tiles[2] = {};
+    // Store the sums of a tile's keys whose turn it is to leave, or of all, and begin again.
+    const auto store = [&](KeyTile& tile, int number_of_tile, int block) {
+#pragma unroll
+        for (int key = 0; key < 2; key++) {
+            Place& place = place_of(number_of_tile, key);
+            if (place.due <= block && place.number >= 0) {
+                float* to = sums + (long)place.number * (2 * D) + lane % 4 * 2;
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    *(float2*)(to + 8 * j) = make_float2(tile.dk[j][2 * key] * SCALE, tile.dk[j][2 * key + 1] * SCALE);
+                    *(float2*)(to + D + 8 * j) = make_float2(tile.dv[j][2 * key], tile.dv[j][2 * key + 1]);
+                    tile.dk[j][2 * key] = tile.dk[j][2 * key + 1] = tile.dv[j][2 * key] = tile.dv[j][2 * key + 1] = 0.0f;
+                }
+                if (lane % 4 == 0) score_sums[place.number] = place.dscore, place.dscore = 0.0f;
+            }
+        }
+    };
+    // The keys of a tile that come with a block.
+    const auto take = [&](int number_of_tile, int block) {
+#pragma unroll
+        for (int key = 0; key < 2; key++) {
+            Place& place = place_of(number_of_tile, key);
+            const bool due = place.due == block;
+            const RoutedKey come = place.ahead;
+            if (due) {
+                const u32 row = row0 + come.row * G;
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int piece = i * 4 + lane % 4;
+                    const u32 to = (me * 2 + number_of_tile) * TILE + tile_at<64>((first_place + key * 8) % 64, piece);
+                    copy16(k_tiles + to, k + (u64)row * D + piece * 8);
+                    copy16(v_tiles + to, v + (u64)row * D + piece * 8);
+                }
+            }
+            __syncwarp();
+            if (due && lane % 4 == 0) {
+                if (scores) place.score = scores[row0 + come.row * G];
+                place.number = place.next, place.next = come.next, place.blocks = come.blocks;
+                place.due = come.next >= 0 ? come.due : 0x7fffffff;
+                if (come.next >= 0) copy16(shared_address(&place.ahead), list + come.next);
+            }
+        }
+    };
+    const auto dq_of = [&](int step) {
+        dq_of_step(common, base + RoutedShared::dq, step, [&](Block& acc) {
+#pragma unroll
+            for (int tile = 0; tile < 4; tile++) product_of_transposed(acc, base + RoutedShared::ds + (step % 2 * 4 + tile) * TILE, k_tiles + tile * TILE, tile);
+        });
+    };
+
+    const int steps_a_block = every * group / ROWS;
+    int block = -1, left = 0;
+    bool owes = false;      // dq of the step before.
+#pragma unroll 1
+    for (int step = 0; step < steps; step++) {
+        if (left == 0) {
+            left = steps_a_block, block++;
+            if (state.changes >> block & 1) {
+                // Nobody may read a key that goes.
+                if (owes) dq_of(step - 1), owes = false;
+                if (step > 0) barrier_wait(part(common.ds_empty, step - 1), parity<2>(step - 1));
+                store(tiles[0], 0, block), store(tiles[1], 1, block);
+                __syncwarp();
+                take(0, block), take(1, block);
+                copies_commit();
+                copies_wait<0>();
+                sync_warpgroup();
+            }
+            const float threshold = scores ? tau[((long)b * n_blocks + superblock * span + block) * G + g] : 0.0f;
+#pragma unroll
+            for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+                for (int key = 0; key < 2; key++) {
+                    Place& place = place_of(tile, key);
+                    const bool reads = place.blocks >> block & 1;
+                    tiles[tile].add[key] = !reads ? -infinity() : scores ? gate_bias(place.score, threshold, inverse_temperature) : 0.0f;
+                    if (scores && lane % 4 == 0) place.slope = gate_slope(place.score, threshold, inverse_temperature);
+                }
+            }
+        }
+        left--;
+        const u32 q_tile = base + RoutedShared::ring + step % STAGES * (2 * TILE);
+        barrier_wait(part(common.rows_full, step), parity<STAGES>(step));
+        show();
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+            Block s, ds;
+            start(s, ds, k_tiles + (me * 2 + tile) * TILE, v_tiles + (me * 2 + tile) * TILE, q_tile);
+            products_wait<0>();
+            Fragments weights, factors;
+            float sum[2] = {};
+            weigh<true>(weights, factors, s, ds, common.rows[step % STAGES], tiles[tile].add, sum);
+            if (tile == 0) barrier_wait(part(common.ds_empty, step), parity<2>(step) ^ 1);
+            fragments_to_tile(base + RoutedShared::ds + (step % 2 * 4 + me * 2 + tile) * TILE, factors);
+            if (tile == 1) {
+                show();
+                barrier_arrive(part(common.ds_full, step));
+            }
+            products_begin();
+            product_with_tile<64, D>(tiles[tile].dv, weights, q_tile + TILE);
+            product_with_tile<64, D>(tiles[tile].dk, factors, q_tile);
+            products_commit();
+            if (scores) {
+#pragma unroll
+                for (int key = 0; key < 2; key++) {
+                    const float all = quad_sum(sum[key]);
+                    Place& place = place_of(tile, key);
+                    if (lane % 4 == 0) place.dscore += all * place.slope;
+                }
+            }
+            if (tile == 0 && owes) dq_of(step - 1);
+            products_wait<0>();
+        }
+        if (lane == 0) barrier_arrive(part(common.rows_empty, step));
+        owes = step % 2 == me;
+    }
+    if (owes) dq_of(steps - 1);
+    store(tiles[0], 0, 0x7fffffff), store(tiles[1], 1, 0x7fffffff);
+}
+
+}  // namespace one_pass
+
+#endif
