@@ -270,7 +270,7 @@ class Routed:
             return
         pairs = self.b * self.g
         if self.one_pass:
-            launch(self.keys("routed_gradients_sm90"), (self.n_super, pairs), 384, 227472, dout, q, k, v, self.rows, scores if self.biased else None, self.tau,
+            launch(self.keys("routed_gradients_sm90"), (self.n_super, pairs), 384, 227504, dout, q, k, v, self.rows, scores if self.biased else None, self.tau,
                    self.lens, self.routed_keys, self.n_keys, self.n_open, self.first_entry, self.sums, self.score_sums, self.dq, self.t, self.g, self.n_blocks,
                    self.n_places, self.every, self.inverse_temperature, self.span, self.capacity, *self.division)
             return self.sum_entries()

@@ -57,22 +57,28 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
     if (warpgroup() == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
         const int thread = threadIdx.x % 64;
-        int step = 0, tile = first_tile;
+        const int first_row = begin * 64 * group, end_of_dq = min(end * 64 * group, end_row), steps_of_dq = (end_of_dq - first_row + ROWS - 1) / ROWS;
+        if (threadIdx.x >= 64) {
 #pragma unroll 1
-        for (int block = begin; block < last; block++) {
-            if (threadIdx.x < 64) {
+            for (int step = -2; step < steps_of_dq; step++) {
+                const int row = first_row + step * ROWS;
+                if (step >= 0) store_dq(thread, common, shared + LocalShared::dq, dq, x, b, g, row, end_of_dq, step);
+                if (step + 2 < steps_of_dq) fetch_dq(thread, common, base + LocalShared::dq, dq, x, b, g, row + 2 * ROWS, end_of_dq, step + 2);
+            }
+        } else {
+            int step = 0, tile = first_tile;
+#pragma unroll 1
+            for (int block = begin; block < last; block++) {
 #pragma unroll 1
                 for (; tile <= min(block, end - 1); tile++) {
                     barrier_wait(part(state.keys_empty, tile - first_tile), parity<SLOTS>(tile - first_tile) ^ 1);
                     copy_64_rows(thread, slot(tile), k, slot(tile) + TILE, v, [&](int i) { return (first_at + min(tile * 64 + i, len - 1)) * G + g; });
                     barrier_arrive_with_copies(part(state.keys_full, tile - first_tile));
                 }
-            }
 #pragma unroll 1
-            for (int i = 0; i < group && (block * group + i) * ROWS < end_row; i++, step++) {
-                const int row = (block * group + i) * ROWS;
-                if (threadIdx.x < 64) copy_step(thread, common, base + LocalShared::ring, x, rows, b, g, row, end_row, step);
-                else if (block < end) store_dq<true>(thread, common, shared + LocalShared::dq, dq, x, b, g, row, end_row, step);
+                for (int row = block * group * ROWS; row < min((block + 1) * group * ROWS, end_row); row += ROWS, step++) {
+                    copy_step(thread, common, base + LocalShared::ring, x, rows, b, g, row, end_row, step);
+                }
             }
         }
         asm volatile("cp.async.wait_all;" ::: "memory");
@@ -85,7 +91,7 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
     const auto tile_of = [&](int warpgroup, int block) { return block - (block - first_tile + 3 - warpgroup) % 3; };
     const auto tile_there = [&](int warpgroup, int block) { return min(max(tile_of(warpgroup, block), first_tile), end - 1); };
     const auto dq_of = [&](int step, int block, bool is_last) {
-        dq_of_step(common, base + LocalShared::dq, step, [&](Block& acc) {
+        dq_of_step<true>(common, base + LocalShared::dq, step, [&](Block& acc) {
 #pragma unroll
             for (int i = 0; i < 3; i++) product_of_transposed(acc, base + LocalShared::ds + (step % 2 * 3 + i) * TILE, slot(tile_there(i, block)), i);
         });
@@ -102,6 +108,14 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
         const u32 k_tile = slot(there);
         // Who sees nothing computes weights of zero.
         const float add[2] = {!sees || key < first_seen ? -infinity() : 0.0f, !sees || key + 8 < first_seen ? -infinity() : 0.0f};
+        // Where the sums of the thread's keys are that nobody sees behind this block, if they have any.
+        const bool ends = sees && tile >= begin && (block == tile + 2 || block == last - 1);
+        int entry[2] = {-1, -1};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int reader = ends && key + 8 * half < len ? first_reader[(long)pair * T + key + 8 * half] : -1;
+            if (reader >= 0) entry[half] = sorted[(long)pair * capacity + reader];
+        }
         barrier_wait(part(state.keys_full, there - first_tile), parity<SLOTS>(there - first_tile));
         const int steps_here = min(group, (end_row - block * 64 * group + ROWS - 1) / ROWS);
 #pragma unroll 1
@@ -147,14 +161,13 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int mine = key + 8 * half;
-                if (sees && tile >= begin && mine < len) {
-                    const int at = first_reader[pair * (long)T + mine];
-                    const float* from = at >= 0 ? sums + ((long)pair * capacity + sorted[(long)pair * capacity + at]) * (2 * D) + lane % 4 * 2 : nullptr;
+                if (ends && mine < len) {
+                    const float* from = sums + ((long)pair * capacity + entry[half]) * (2 * D) + lane % 4 * 2;
                     const u64 to = ((u64)(first_at + mine) * G + g) * D + lane % 4 * 2;
 #pragma unroll
                     for (int j = 0; j < 8; j++) {
-                        const float2 of_k = at >= 0 ? *(const float2*)(from + 8 * j) : make_float2(0.0f, 0.0f);
-                        const float2 of_v = at >= 0 ? *(const float2*)(from + D + 8 * j) : make_float2(0.0f, 0.0f);
+                        const float2 of_k = entry[half] >= 0 ? *(const float2*)(from + 8 * j) : make_float2(0.0f, 0.0f);
+                        const float2 of_v = entry[half] >= 0 ? *(const float2*)(from + D + 8 * j) : make_float2(0.0f, 0.0f);
                         *(u32*)(dk + to + 8 * j) = pack(fmaf(sum_k[j][2 * half], SCALE, of_k.x), fmaf(sum_k[j][2 * half + 1], SCALE, of_k.y));
                         *(u32*)(dv + to + 8 * j) = pack(sum_v[j][2 * half] + of_v.x, sum_v[j][2 * half + 1] + of_v.y);
                     }

@@ -51,6 +51,13 @@ __device__ __forceinline__ u32 parity(int step) { return step / N & 1; }
 
 __device__ __forceinline__ void sync_warpgroup() { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup()) : "memory"); }
 
+// The thread's number, read where it is used: what follows from it is computed there and takes no registers elsewhere.
+__device__ __forceinline__ u32 thread_here() {
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // Show the matrix unit what this thread has written, or seen to be written by copies.
 __device__ __forceinline__ void show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -89,7 +96,7 @@ __device__ __forceinline__ void start(Block& s, Block& ds, u32 k_tile, u32 v_til
 // sums over this thread's rows of the gradients of its keys' logits come to `sum`.
 template <bool SUMMED>
 __device__ __forceinline__ void weigh(Fragments& weights, Fragments& factors, const Block& s, const Block& ds, const float2* rows, const float (&add)[2], float (&sum)[2]) {
-    const float4* pairs = (const float4*)rows + threadIdx.x % 4;
+    const float4* pairs = (const float4*)rows + thread_here() % 4;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         const float4 row = pairs[4 * j];
@@ -106,8 +113,7 @@ __device__ __forceinline__ void weigh(Fragments& weights, Fragments& factors, co
 
 // Write a warpgroup's fragments of 64 rows and 64 columns to a tile.
 __device__ __forceinline__ void fragments_to_tile(u32 tile, const Fragments& x) {
-    const int lane = threadIdx.x % 32;
-    const u32 at = tile + tile_at<64>(threadIdx.x / 32 % 4 * 16 + lane % 16, lane / 16);
+    const u32 thread = thread_here(), lane = thread % 32, at = tile + tile_at<64>(thread / 32 % 4 * 16 + lane % 16, lane / 16);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at ^ i * 32), "r"(x[i][0]), "r"(x[i][1]), "r"(x[i][2]), "r"(x[i][3])
@@ -127,8 +133,8 @@ __device__ __forceinline__ void product_of_transposed(Block& acc, u32 a, u32 b, 
 }
 
 // dq of a step, by a warpgroup: wait for the gradients of its logits, `products(acc)` asks for the products with the keys, and the result goes to the
-// tile from which `store_dq` takes it.
-template <class Products>
+// tile from which `store_dq` takes it, `ADDED` to what is there.
+template <bool ADDED, class Products>
 __device__ __forceinline__ void dq_of_step(Common& common, u32 dq_tiles, int step, Products products) {
     barrier_wait(part(common.ds_full, step), parity<2>(step));
     Block acc;
@@ -136,43 +142,55 @@ __device__ __forceinline__ void dq_of_step(Common& common, u32 dq_tiles, int ste
     products(acc);
     products_commit();
     products_wait<0>();
-    if (threadIdx.x % 32 == 0) barrier_arrive(part(common.ds_empty, step));
+    const u32 thread = thread_here(), lane = thread % 32;
+    if (lane == 0) barrier_arrive(part(common.ds_empty, step));
+    barrier_wait(part(common.dq_empty, step), parity<2>(step) ^ !ADDED);
+    const u32 at = dq_tiles + step % 2 * TILE + tile_at<64>(thread / 32 % 4 * 16 + lane % 16, lane / 16);
 #pragma unroll
-    for (int j = 0; j < 8; j++) acc[j][0] *= SCALE, acc[j][1] *= SCALE, acc[j][2] *= SCALE, acc[j][3] *= SCALE;
-    Fragments result;
-    to_fragments<64>(result, acc);
-    barrier_wait(part(common.dq_empty, step), parity<2>(step) ^ 1);
-    fragments_to_tile(dq_tiles + step % 2 * TILE, result);
+    for (int i = 0; i < 4; i++) {
+        u32 there[4] = {};
+        if (ADDED) {
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(there[0]), "=r"(there[1]), "=r"(there[2]), "=r"(there[3])
+                         : "r"(at ^ i * 32)
+                         : "memory");
+        }
+        u32 sum[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float* x = &acc[2 * i + e / 2][e % 2 * 2];
+            sum[e] = ADDED ? pack(fmaf(x[0], SCALE, low_float(there[e])), fmaf(x[1], SCALE, high_float(there[e]))) : pack(x[0] * SCALE, x[1] * SCALE);
+        }
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at ^ i * 32), "r"(sum[0]), "r"(sum[1]), "r"(sum[2]), "r"(sum[3]) : "memory");
+    }
     barrier_arrive(part(common.dq_full, step));
 }
 
-// Store dq of a step, `row` its first, by 64 threads; `ADDED` to what is there.
-template <bool ADDED>
-__device__ __forceinline__ void store_dq(int thread, Common& common, const unsigned char* dq_tiles, bf16* dq, const Problem& x, int b, int g, int row, int end, int step) {
-    constexpr int AT_ONCE = 4;
+// `each(offset in the tile, address in dq, row)` for the pieces of a step's dq that fall to this one of 64 threads.
+template <class Each>
+__device__ __forceinline__ void for_dq(int thread, bf16* dq, const Problem& x, int b, int g, int row, int end, Each each) {
     const int first = thread / 8, piece = thread % 8;
-    const unsigned char* tile = dq_tiles + step % 2 * TILE + tile_at<64>(first, piece);
-#pragma unroll 1
-    for (int half = 0; half < 2; half++) {
-        uint4 there[AT_ONCE];
-        u32 at[AT_ONCE];
+    const u32 at = tile_at<64>(first, piece);
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            at[i] = x.group.at(b, x.T, x.G, g, min(row + first + (half * AT_ONCE + i) * 8, end - 1));
-            if (ADDED) there[i] = *(const uint4*)(dq + (u64)at[i] * D + piece * 8);
-        }
-        if (half == 0) barrier_wait(part(common.dq_full, step), parity<2>(step));
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            uint4 y = *(const uint4*)(tile + (half * AT_ONCE + i) * 1024);
-            if (ADDED) {
-                const auto sum = [](u32 a, u32 b) { return pack(low_float(a) + low_float(b), high_float(a) + high_float(b)); };
-                y = make_uint4(sum(y.x, there[i].x), sum(y.y, there[i].y), sum(y.z, there[i].z), sum(y.w, there[i].w));
-            }
-            if (row + first + (half * AT_ONCE + i) * 8 < end) *(uint4*)(dq + (u64)at[i] * D + piece * 8) = y;
-        }
+    for (int i = 0; i < 8; i++) {
+        const int here = row + first + i * 8;
+        each(at + i * 1024, dq + (u64)x.group.at(b, x.T, x.G, g, min(here, end - 1)) * D + piece * 8, here);
     }
-    barrier_arrive(part(common.dq_empty, step));
+}
+
+// Copy what is there of a step's dq to the tile where the rest comes to it, by 64 threads.
+__device__ __forceinline__ void fetch_dq(int thread, Common& common, u32 dq_tiles, bf16* dq, const Problem& x, int b, int g, int row, int end, int step) {
+    for_dq(thread, dq, x, b, g, row, end, [&](u32 at, bf16* there, int) { copy16(dq_tiles + step % 2 * TILE + at, there); });
+    barrier_arrive_with_copies(part(common.dq_empty, step));
+}
+
+// Store dq of a step, `row` its first, by 64 threads.
+__device__ __forceinline__ void store_dq(int thread, Common& common, const unsigned char* dq_tiles, bf16* dq, const Problem& x, int b, int g, int row, int end, int step) {
+    barrier_wait(part(common.dq_full, step), parity<2>(step));
+    for_dq(thread, dq, x, b, g, row, end, [&](u32 at, bf16* to, int here) {
+        const uint4 y = *(const uint4*)(dq_tiles + step % 2 * TILE + at);
+        if (here < end) *(uint4*)to = y;
+    });
 }
 
 }  // namespace one_pass

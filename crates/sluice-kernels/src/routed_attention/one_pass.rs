@@ -61,7 +61,7 @@ pub(super) fn bwd(call: &Call<'_>, inputs: [&Tensor; 6], dtype: DType) -> Routed
         args.push(call.inverse_temperature.into());
         args.extend([span, capacity].map(int));
         args.extend(call.division());
-        call.keys("routed_gradients_sm90", [n, pairs, 1], 384, 227_472, &args);
+        call.keys("routed_gradients_sm90", [n, pairs, 1], 384, 227_504, &args);
     });
 
     let (mut dk, mut dv) = (call.bf16(k.shape()), call.bf16(v.shape()));

@@ -24,8 +24,14 @@ struct RoutedShared {
     Common common_part;
     Place places[PLACES];
     u32 changes;        // Blocks from which some place has another key.
+    // What is needed where keys change, and takes no registers elsewhere: the list, the sums of its keys, tau of the superblock's
+    // blocks, and the first row of keys.
+    u32 row0;
+    const RoutedKey* list;
+    float *sums, *score_sums;
+    const float* tau;
 };
-static_assert(RoutedShared::common + sizeof(RoutedShared) == 227472, "cuda.rs counts on this");
+static_assert(RoutedShared::common + sizeof(RoutedShared) == 227504, "cuda.rs counts on this");
 
 // What a thread keeps of one of the two tiles of keys of its warpgroup.
 struct KeyTile {
@@ -54,7 +60,10 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
     if (threadIdx.x == 0) {
         if (n_here > PLACES) __trap();
         init(common, 2);
-        state.changes = 0;
+        const long entry = (long)pair * capacity + first_entry[pair * (n + 1) + superblock];
+        state.changes = 0, state.row0 = (u32)b * T * G + g, state.list = list;
+        state.sums = sums + entry * (2 * D), state.score_sums = score_sums + entry;
+        state.tau = tau + ((long)b * n_blocks + superblock * span) * G + g;
     }
     __syncthreads();
     for (int i = n_here + threadIdx.x; i < n_all; i += 384) atomicOr(&state.changes, list[i].blocks & -list[i].blocks);
@@ -67,25 +76,27 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
         for (int step = 0; step < steps; step++) {
             const int row = begin_row + step * ROWS;
             if (threadIdx.x < 64) copy_step(thread, common, base + RoutedShared::ring, x, rows, b, g, row, end_row, step);
-            else store_dq<false>(thread, common, shared + RoutedShared::dq, dq, x, b, g, row, end_row, step);
+            else {
+                store_dq(thread, common, shared + RoutedShared::dq, dq, x, b, g, row, end_row, step);
+                barrier_arrive(part(common.dq_empty, step));
+            }
         }
         asm volatile("cp.async.wait_all;" ::: "memory");
         return;
     }
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-    const int me = warpgroup() - 1, lane = threadIdx.x % 32;
+    const int me = warpgroup() - 1;
+    const auto lane_here = [] { return thread_here() % 32; };
     const u32 k_tiles = base + RoutedShared::k, v_tiles = base + RoutedShared::v;
-    const u32 row0 = (u32)b * T * G + g;
-    sums += ((long)pair * capacity + first_entry[pair * (n + 1) + superblock]) * (2 * D);
-    score_sums += (long)pair * capacity + first_entry[pair * (n + 1) + superblock];
     // A thread's two keys of a tile.
-    const int first_place = me * 128 + threadIdx.x / 32 % 4 * 16 + lane / 4;
-    const auto place_of = [&](int tile, int key) -> Place& { return state.places[first_place + tile * 64 + key * 8]; };
+    const auto first_place = [] { const u32 thread = thread_here(); return thread / 128 * 128 - 128 + thread / 32 % 4 * 16 + thread % 32 / 4; };
+    const auto place_of = [&](int tile, int key) -> Place& { return state.places[first_place() + tile * 64 + key * 8]; };
     {
         // Places without a key hold that of another one, which no block reads there.
         const int thread = threadIdx.x % 128, number = me * 128 + thread;
         Place& place = state.places[number];
+        const u32 row0 = state.row0;
         const RoutedKey key = number < n_here ? list[number] : RoutedKey{0, 0, -1, 0};
         place.number = number < n_here ? number : -1, place.next = key.next, place.blocks = key.blocks;
         place.due = key.next >= 0 ? key.due : 0x7fffffff;
@@ -106,14 +117,14 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
         for (int key = 0; key < 2; key++) {
             Place& place = place_of(number_of_tile, key);
             if (place.due <= block && place.number >= 0) {
-                float* to = sums + (long)place.number * (2 * D) + lane % 4 * 2;
+                float* to = state.sums + (long)place.number * (2 * D) + lane_here() % 4 * 2;
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     *(float2*)(to + 8 * j) = make_float2(tile.dk[j][2 * key] * SCALE, tile.dk[j][2 * key + 1] * SCALE);
                     *(float2*)(to + D + 8 * j) = make_float2(tile.dv[j][2 * key], tile.dv[j][2 * key + 1]);
                     tile.dk[j][2 * key] = tile.dk[j][2 * key + 1] = tile.dv[j][2 * key] = tile.dv[j][2 * key + 1] = 0.0f;
                 }
-                if (lane % 4 == 0) score_sums[place.number] = place.dscore, place.dscore = 0.0f;
+                if (lane_here() % 4 == 0) state.score_sums[place.number] = place.dscore, place.dscore = 0.0f;
             }
         }
     };
@@ -125,26 +136,26 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
             const bool due = place.due == block;
             const RoutedKey come = place.ahead;
             if (due) {
-                const u32 row = row0 + come.row * G;
+                const u32 row = state.row0 + come.row * G;
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const int piece = i * 4 + lane % 4;
-                    const u32 to = (me * 2 + number_of_tile) * TILE + tile_at<64>((first_place + key * 8) % 64, piece);
+                    const int piece = i * 4 + lane_here() % 4;
+                    const u32 to = (me * 2 + number_of_tile) * TILE + tile_at<64>((first_place() + key * 8) % 64, piece);
                     copy16(k_tiles + to, k + (u64)row * D + piece * 8);
                     copy16(v_tiles + to, v + (u64)row * D + piece * 8);
                 }
             }
             __syncwarp();
-            if (due && lane % 4 == 0) {
-                if (scores) place.score = scores[row0 + come.row * G];
+            if (due && lane_here() % 4 == 0) {
+                if (scores) place.score = scores[state.row0 + come.row * G];
                 place.number = place.next, place.next = come.next, place.blocks = come.blocks;
                 place.due = come.next >= 0 ? come.due : 0x7fffffff;
-                if (come.next >= 0) copy16(shared_address(&place.ahead), list + come.next);
+                if (come.next >= 0) copy16(shared_address(&place.ahead), state.list + come.next);
             }
         }
     };
     const auto dq_of = [&](int step) {
-        dq_of_step(common, base + RoutedShared::dq, step, [&](Block& acc) {
+        dq_of_step<false>(common, base + RoutedShared::dq, step, [&](Block& acc) {
 #pragma unroll
             for (int tile = 0; tile < 4; tile++) product_of_transposed(acc, base + RoutedShared::ds + (step % 2 * 4 + tile) * TILE, k_tiles + tile * TILE, tile);
         });
@@ -168,7 +179,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
                 copies_wait<0>();
                 sync_warpgroup();
             }
-            const float threshold = scores ? tau[((long)b * n_blocks + superblock * span + block) * G + g] : 0.0f;
+            const float threshold = scores ? state.tau[block * G] : 0.0f;
 #pragma unroll
             for (int tile = 0; tile < 2; tile++) {
 #pragma unroll
@@ -176,7 +187,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
                     Place& place = place_of(tile, key);
                     const bool reads = place.blocks >> block & 1;
                     tiles[tile].add[key] = !reads ? -infinity() : scores ? gate_bias(place.score, threshold, inverse_temperature) : 0.0f;
-                    if (scores && lane % 4 == 0) place.slope = gate_slope(place.score, threshold, inverse_temperature);
+                    if (scores && lane_here() % 4 == 0) place.slope = gate_slope(place.score, threshold, inverse_temperature);
                 }
             }
         }
@@ -207,13 +218,13 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
                 for (int key = 0; key < 2; key++) {
                     const float all = quad_sum(sum[key]);
                     Place& place = place_of(tile, key);
-                    if (lane % 4 == 0) place.dscore += all * place.slope;
+                    if (lane_here() % 4 == 0) place.dscore += all * place.slope;
                 }
             }
-            if (tile == 0 && owes) dq_of(step - 1);
             products_wait<0>();
+            if (tile == 0 && owes) dq_of(step - 1);
         }
-        if (lane == 0) barrier_arrive(part(common.rows_empty, step));
+        if (lane_here() == 0) barrier_arrive(part(common.rows_empty, step));
         owes = step % 2 == me;
     }
     if (owes) dq_of(steps - 1);
