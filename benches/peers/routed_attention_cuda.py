@@ -252,7 +252,7 @@ class Routed:
         slots = 256
         while slots < 2 * self.span * self.n_places:
             slots *= 2
-        launch(self.keys("superblock_keys"), grid, 256, slots * 8 + 4 * self.span * self.n_places, self.indices, self.lens, self.routed_keys, self.n_keys, self.n_open,
+        launch(self.keys("superblock_keys"), grid, 512, slots * 8 + 4 * self.span * self.n_places, self.indices, self.lens, self.routed_keys, self.n_keys, self.n_open,
                self.readers, self.n_listed, self.t, self.g, self.n_blocks, self.n_places, self.every, self.span, self.unit, slots)
         launch(self.keys("place_entries"), (ceil(self.t, 4096), pairs), 1024, 0, self.n_keys, self.n_open, self.readers, self.first_entry, self.first_tile,
                self.first_reader, self.next_reader, self.n_listed, self.t, self.n_super, self.capacity)
@@ -289,7 +289,7 @@ class Routed:
         if self.one_pass:
             pairs = self.b * self.g
             chunk = ceil(self.n_blocks, max(1, 132 // pairs))
-            launch(self.keys("local_gradients_sm90"), (ceil(self.n_blocks, chunk), pairs), 512, 198848, dout, q, k, v, self.rows, self.lens, self.first_reader,
+            launch(self.keys("local_gradients_sm90"), (ceil(self.n_blocks, chunk), pairs), 512, 223440, dout, q, k, v, self.rows, self.lens, self.first_reader,
                    self.sorted, self.sums, self.dq, self.dk, self.dv, self.t, self.g, self.n_blocks, self.window, chunk, self.capacity, *self.division)
             return
         routed = self.n_places > 0

@@ -321,7 +321,7 @@ pub(super) fn routed(call: &Call<'_>, superblocks: Superblocks, unit: usize, vis
     let mut args: Vec<Arg> = vec![(&call.routing.indices).into(), lens];
     args.extend([&routed_keys, &n_keys, &n_open, &readers, &n_listed].map(Arg::from));
     args.extend([t, g, n_blocks, n_routed, route_every, span, unit, slots].map(int));
-    call.keys("superblock_keys", grid, 256, slots * 8 + span * n_routed * 4, &args);
+    call.keys("superblock_keys", grid, 512, slots * 8 + span * n_routed * 4, &args);
 
     let mut args: Vec<Arg> =
         [&n_keys, &n_open, &readers, &first_entry, &first_tile, &first_reader, &next_reader, &n_listed].map(Arg::from).into();

@@ -10,14 +10,15 @@
 
 namespace one_pass {
 
+constexpr int LOCAL_DS = 3;
 constexpr int SLOTS = 4;    // Tiles of keys in shared memory: one is on its way while three are in use.
 
 struct LocalShared {
-    static constexpr int keys = 0, ring = SLOTS * 2 * TILE, ds = ring + STAGES * 2 * TILE, dq = ds + 6 * TILE, common = dq + 2 * TILE;
-    Common common_part;
+    static constexpr int keys = 0, ring = SLOTS * 2 * TILE, ds = ring + STAGES * 2 * TILE, dq = ds + LOCAL_DS * 3 * TILE, common = dq + 2 * TILE;
+    Common<LOCAL_DS> common_part;
     u64 keys_full[SLOTS], keys_empty[SLOTS];
 };
-static_assert(LocalShared::common + sizeof(LocalShared) == 198848, "cuda.rs counts on this");
+static_assert(LocalShared::common + sizeof(LocalShared) == 223440, "cuda.rs counts on this");
 
 // dq [B, T, H, D], which holds the part of the routed keys, and dk, dv [B, T, G, D]. Grid [ceil(n_blocks / blocks_a_chunk), P], 512 threads; `rows` from
 // `row_products`; what follows `dv` as in `dkv_local`.
@@ -43,7 +44,7 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
 
     const u32 base = __shfl_sync(0xffffffffu, shared_address(shared), 0);
     LocalShared& state = *(LocalShared*)(shared + LocalShared::common);
-    Common& common = state.common_part;
+    Common<LOCAL_DS>& common = state.common_part;
     rows += (long)pair * n_blocks * 64 * group;
     if (threadIdx.x == 0) {
         init(common, 3);
@@ -93,13 +94,14 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
     const auto dq_of = [&](int step, int block, bool is_last) {
         dq_of_step<true>(common, base + LocalShared::dq, step, [&](Block& acc) {
 #pragma unroll
-            for (int i = 0; i < 3; i++) product_of_transposed(acc, base + LocalShared::ds + (step % 2 * 3 + i) * TILE, slot(tile_there(i, block)), i);
+            for (int i = 0; i < 3; i++) product_of_transposed(acc, base + LocalShared::ds + (step % LOCAL_DS * 3 + i) * TILE, slot(tile_there(i, block)), i);
         });
         if (is_last && block - 2 >= first_tile && lane == 0) barrier_arrive(part(state.keys_empty, block - 2 - first_tile));
     };
     Block sum_k = {}, sum_v = {};
     int step = 0, owed = -1;    // The block of the step before, if this warpgroup owes its dq.
     bool owed_last = false;
+    int entry[2];
 #pragma unroll 1
     for (int block = begin; block < last; block++) {
         const int tile = tile_of(me, block), key = tile * 64 + key_of_thread, first_seen = block * 64 - window + 1;
@@ -108,13 +110,17 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
         const u32 k_tile = slot(there);
         // Who sees nothing computes weights of zero.
         const float add[2] = {!sees || key < first_seen ? -infinity() : 0.0f, !sees || key + 8 < first_seen ? -infinity() : 0.0f};
-        // Where the sums of the thread's keys are that nobody sees behind this block, if they have any.
-        const bool ends = sees && tile >= begin && (block == tile + 2 || block == last - 1);
-        int entry[2] = {-1, -1};
+        // Where the sums of the thread's keys are, if they have any: looked up when a tile comes and asked for before it goes.
+        const bool ours = sees && tile >= begin, ends = ours && (block == tile + 2 || block == last - 1);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int reader = ends && key + 8 * half < len ? first_reader[(long)pair * T + key + 8 * half] : -1;
-            if (reader >= 0) entry[half] = sorted[(long)pair * capacity + reader];
+            if (block == tile) {
+                const int reader = ours && key + 8 * half < len ? first_reader[(long)pair * T + key + 8 * half] : -1;
+                entry[half] = reader >= 0 ? sorted[(long)pair * capacity + reader] : -1;
+            }
+            if (ends && entry[half] >= 0) {
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(sums + ((long)pair * capacity + entry[half]) * (2 * D) + lane % 4 * 32));
+            }
         }
         barrier_wait(part(state.keys_full, there - first_tile), parity<SLOTS>(there - first_tile));
         const int steps_here = min(group, (end_row - block * 64 * group + ROWS - 1) / ROWS);
@@ -142,8 +148,8 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
             float unused[2];
             weigh<false>(weights, factors, s, ds, common.rows[step % STAGES], add, unused);
             if (asks) {
-                barrier_wait(part(common.ds_empty, step), parity<2>(step) ^ 1);
-                fragments_to_tile(base + LocalShared::ds + (step % 2 * 3 + me) * TILE, factors);
+                barrier_wait(part(common.ds_empty, step), parity<LOCAL_DS>(step) ^ 1);
+                fragments_to_tile(base + LocalShared::ds + (step % LOCAL_DS * 3 + me) * TILE, factors);
                 show();
                 barrier_arrive(part(common.ds_full, step));
             }

@@ -22,22 +22,28 @@ using Block = float[8][4];
 using Fragments = u32[4][4];
 
 // In shared memory, behind the tiles. Every row: minus its log sum in units of log2, which is -inf for padding, and delta.
+// Gradients of logits have room for DS steps.
+template <int DS>
 struct Common {
-    u64 rows_full[STAGES], rows_empty[STAGES], ds_full[2], ds_empty[2], dq_full[2], dq_empty[2];
+    u64 rows_full[STAGES], rows_empty[STAGES], ds_full[DS], ds_empty[DS], dq_full[2], dq_empty[2];
     __align__(16) float2 rows[STAGES][ROWS];
 };
 
 // To be called by one thread, with the number of warpgroups that compute.
-__device__ __forceinline__ void init(Common& common, int warpgroups) {
+template <int DS>
+__device__ __forceinline__ void init(Common<DS>& common, int warpgroups) {
 #pragma unroll
     for (int i = 0; i < STAGES; i++) {
         barrier_init(shared_address(common.rows_full + i), 64);
         barrier_init(shared_address(common.rows_empty + i), warpgroups * 4);
     }
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < DS; i++) {
         barrier_init(shared_address(common.ds_full + i), warpgroups * 128);
         barrier_init(shared_address(common.ds_empty + i), 4);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
         barrier_init(shared_address(common.dq_full + i), 128);
         barrier_init(shared_address(common.dq_empty + i), 64);
     }
@@ -76,7 +82,8 @@ __device__ __forceinline__ void copy_64_rows(int thread, u32 x_tile, const bf16*
 }
 
 // Copy the rows of a step, `row` the first of them: those of q and dout, and what is known of them from `rows`, by 64 threads.
-__device__ __forceinline__ void copy_step(int thread, Common& common, u32 ring, const Problem& x, const float2* rows, int b, int g, int row, int end, int step) {
+template <int DS>
+__device__ __forceinline__ void copy_step(int thread, Common<DS>& common, u32 ring, const Problem& x, const float2* rows, int b, int g, int row, int end, int step) {
     barrier_wait(part(common.rows_empty, step), parity<STAGES>(step) ^ 1);
     const u32 q_tile = ring + step % STAGES * (2 * TILE);
     copy_64_rows(thread, q_tile, x.q, q_tile + TILE, x.dout, [&](int i) { return x.group.at(b, x.T, x.G, g, min(row + i, end - 1)); });
@@ -134,9 +141,9 @@ __device__ __forceinline__ void product_of_transposed(Block& acc, u32 a, u32 b, 
 
 // dq of a step, by a warpgroup: wait for the gradients of its logits, `products(acc)` asks for the products with the keys, and the result goes to the
 // tile from which `store_dq` takes it, `ADDED` to what is there.
-template <bool ADDED, class Products>
-__device__ __forceinline__ void dq_of_step(Common& common, u32 dq_tiles, int step, Products products) {
-    barrier_wait(part(common.ds_full, step), parity<2>(step));
+template <bool ADDED, int DS, class Products>
+__device__ __forceinline__ void dq_of_step(Common<DS>& common, u32 dq_tiles, int step, Products products) {
+    barrier_wait(part(common.ds_full, step), parity<DS>(step));
     Block acc;
     products_begin();
     products(acc);
@@ -179,13 +186,15 @@ __device__ __forceinline__ void for_dq(int thread, bf16* dq, const Problem& x, i
 }
 
 // Copy what is there of a step's dq to the tile where the rest comes to it, by 64 threads.
-__device__ __forceinline__ void fetch_dq(int thread, Common& common, u32 dq_tiles, bf16* dq, const Problem& x, int b, int g, int row, int end, int step) {
+template <int DS>
+__device__ __forceinline__ void fetch_dq(int thread, Common<DS>& common, u32 dq_tiles, bf16* dq, const Problem& x, int b, int g, int row, int end, int step) {
     for_dq(thread, dq, x, b, g, row, end, [&](u32 at, bf16* there, int) { copy16(dq_tiles + step % 2 * TILE + at, there); });
     barrier_arrive_with_copies(part(common.dq_empty, step));
 }
 
 // Store dq of a step, `row` its first, by 64 threads.
-__device__ __forceinline__ void store_dq(int thread, Common& common, const unsigned char* dq_tiles, bf16* dq, const Problem& x, int b, int g, int row, int end, int step) {
+template <int DS>
+__device__ __forceinline__ void store_dq(int thread, Common<DS>& common, const unsigned char* dq_tiles, bf16* dq, const Problem& x, int b, int g, int row, int end, int step) {
     barrier_wait(part(common.dq_full, step), parity<2>(step));
     for_dq(thread, dq, x, b, g, row, end, [&](u32 at, bf16* to, int here) {
         const uint4 y = *(const uint4*)(dq_tiles + step % 2 * TILE + at);

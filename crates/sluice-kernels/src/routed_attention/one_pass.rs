@@ -73,6 +73,6 @@ pub(super) fn bwd(call: &Call<'_>, inputs: [&Tensor; 6], dtype: DType) -> Routed
     args.extend([act_mut(&mut dq), act_mut(&mut dk), act_mut(&mut dv)]);
     args.extend([dims.t, dims.g, r.n_blocks, r.window, chunk, entries.capacity].map(int));
     args.extend(call.division());
-    call.keys("local_gradients_sm90", [r.n_blocks.div_ceil(chunk), pairs, 1], 512, 198_848, &args);
+    call.keys("local_gradients_sm90", [r.n_blocks.div_ceil(chunk), pairs, 1], 512, 223_440, &args);
     RoutedGrads { dq: dq.to_dtype(dtype), dk: dk.to_dtype(dtype), dv: dv.to_dtype(dtype), dscores: entries.dscores }
 }

@@ -15,13 +15,13 @@ struct Place {
     int number, next;   // -1: none.
     u32 blocks;         // That read the key, a bit for each.
     int due;            // Block from which the next one counts.
-    float score, slope, dscore;
-    int unused;
+    float score, dscore;
+    float add, slope;   // What the gate adds to its logits in the block at hand, -inf where that does not read it, and the derivative by the score.
 };
 
 struct RoutedShared {
     static constexpr int k = 0, v = 4 * TILE, ring = 8 * TILE, ds = ring + STAGES * 2 * TILE, dq = ds + 8 * TILE, common = dq + 2 * TILE;
-    Common common_part;
+    Common<2> common_part;
     Place places[PLACES];
     u32 changes;        // Blocks from which some place has another key.
     // What is needed where keys change, and takes no registers elsewhere: the list, the sums of its keys, tau of the superblock's
@@ -36,7 +36,8 @@ static_assert(RoutedShared::common + sizeof(RoutedShared) == 227504, "cuda.rs co
 // What a thread keeps of one of the two tiles of keys of its warpgroup.
 struct KeyTile {
     Block dk, dv;
-    float add[2];
+    float add[2];       // As in `Place`.
+    float sum[2];       // Of the gradients of logits, over the rows of a block.
 };
 
 // Of a superblock's rows: its part of dq [B, T, H, D], and the sums of its keys. Grid [n, P], 384 threads; `rows` from `row_products`.
@@ -53,7 +54,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
     const Problem x = {dout, q, k, v, nullptr, nullptr, T, G, {group, reciprocal}};
     const u32 base = __shfl_sync(0xffffffffu, shared_address(shared), 0);
     RoutedShared& state = *(RoutedShared*)(shared + RoutedShared::common);
-    Common& common = state.common_part;
+    Common<2>& common = state.common_part;
     rows += (long)pair * n_blocks * every * group;
     const int at = pair * n + superblock, n_here = n_open[at], n_all = n_keys[at];
     const RoutedKey* list = routed_keys + (long)at * span * n_places;
@@ -154,6 +155,16 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
             }
         }
     };
+    // What the sums of a block mean for its keys' scores.
+    const auto collect = [&](KeyTile& tile, int number_of_tile) {
+#pragma unroll
+        for (int key = 0; key < 2; key++) {
+            const float sum = quad_sum(tile.sum[key]);
+            Place& place = place_of(number_of_tile, key);
+            if (lane_here() % 4 == 0) place.dscore += sum * place.slope;
+            tile.sum[key] = 0.0f;
+        }
+    };
     const auto dq_of = [&](int step) {
         dq_of_step<false>(common, base + RoutedShared::dq, step, [&](Block& acc) {
 #pragma unroll
@@ -168,6 +179,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
     for (int step = 0; step < steps; step++) {
         if (left == 0) {
             left = steps_a_block, block++;
+            if (scores && block > 0) collect(tiles[0], 0), collect(tiles[1], 1);
             if (state.changes >> block & 1) {
                 // Nobody may read a key that goes.
                 if (owes) dq_of(step - 1), owes = false;
@@ -179,17 +191,17 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
                 copies_wait<0>();
                 sync_warpgroup();
             }
-            const float threshold = scores ? state.tau[block * G] : 0.0f;
-#pragma unroll
-            for (int tile = 0; tile < 2; tile++) {
-#pragma unroll
-                for (int key = 0; key < 2; key++) {
-                    Place& place = place_of(tile, key);
-                    const bool reads = place.blocks >> block & 1;
-                    tiles[tile].add[key] = !reads ? -infinity() : scores ? gate_bias(place.score, threshold, inverse_temperature) : 0.0f;
-                    if (scores && lane_here() % 4 == 0) place.slope = gate_slope(place.score, threshold, inverse_temperature);
-                }
+            // A thread finds out about one place.
+            {
+                Place& place = state.places[threadIdx.x - 128];
+                const float threshold = scores ? state.tau[block * G] : 0.0f;
+                sync_warpgroup();
+                place.add = !(place.blocks >> block & 1) ? -infinity() : scores ? gate_bias(place.score, threshold, inverse_temperature) : 0.0f;
+                if (scores) place.slope = gate_slope(place.score, threshold, inverse_temperature);
+                sync_warpgroup();
             }
+#pragma unroll
+            for (int key = 0; key < 2; key++) tiles[0].add[key] = place_of(0, key).add, tiles[1].add[key] = place_of(1, key).add;
         }
         left--;
         const u32 q_tile = base + RoutedShared::ring + step % STAGES * (2 * TILE);
@@ -201,8 +213,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
             start(s, ds, k_tiles + (me * 2 + tile) * TILE, v_tiles + (me * 2 + tile) * TILE, q_tile);
             products_wait<0>();
             Fragments weights, factors;
-            float sum[2] = {};
-            weigh<true>(weights, factors, s, ds, common.rows[step % STAGES], tiles[tile].add, sum);
+            weigh<true>(weights, factors, s, ds, common.rows[step % STAGES], tiles[tile].add, tiles[tile].sum);
             if (tile == 0) barrier_wait(part(common.ds_empty, step), parity<2>(step) ^ 1);
             fragments_to_tile(base + RoutedShared::ds + (step % 2 * 4 + me * 2 + tile) * TILE, factors);
             if (tile == 1) {
@@ -213,14 +224,6 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
             product_with_tile<64, D>(tiles[tile].dv, weights, q_tile + TILE);
             product_with_tile<64, D>(tiles[tile].dk, factors, q_tile);
             products_commit();
-            if (scores) {
-#pragma unroll
-                for (int key = 0; key < 2; key++) {
-                    const float all = quad_sum(sum[key]);
-                    Place& place = place_of(tile, key);
-                    if (lane_here() % 4 == 0) place.dscore += all * place.slope;
-                }
-            }
             products_wait<0>();
             if (tile == 0 && owes) dq_of(step - 1);
         }
@@ -228,6 +231,8 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
         owes = step % 2 == me;
     }
     if (owes) dq_of(steps - 1);
+    if (scores) collect(tiles[0], 0), collect(tiles[1], 1);
+    __syncwarp();
     store(tiles[0], 0, 0x7fffffff), store(tiles[1], 1, 0x7fffffff);
 }
 

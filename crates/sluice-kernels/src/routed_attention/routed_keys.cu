@@ -48,12 +48,14 @@ __device__ __forceinline__ int3 for_listed(const unsigned short* slots, const u3
     return n;
 }
 
+constexpr int THREADS_OF_KEYS = 512;
+
 // The routed keys of a superblock, each once. The first `n_open` begin a place of their own, in this order; those that
 // stay throughout come first. A place changes hands where a unit of `unit` blocks begins, where a step of the kernels that
 // follow begins too. Which place a key has follows from the lists alone, so that sums over places are the same every time.
-// Grid [n, G, B], 256 threads; dynamic shared memory: `n_slots` (a power of two, at least twice span * n_places) slots of
+// Grid [n, G, B], 512 threads; dynamic shared memory: `n_slots` (a power of two, at least twice span * n_places) slots of
 // 8 bytes and span * n_places times two numbers of 2.
-extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* indices, const int* lens, RoutedKey* routed_keys, int* n_keys, int* n_open, int* readers,
+extern "C" __global__ __launch_bounds__(THREADS_OF_KEYS) void superblock_keys(const int* indices, const int* lens, RoutedKey* routed_keys, int* n_keys, int* n_open, int* readers,
                                                                   int* n_listed, int T, int G, int n_blocks, int n_places, int every, int span, int unit, int n_slots) {
     // A hash table, in which chance says where a key is. Once its row is known elsewhere, `slot_row` has its place.
     extern __shared__ __align__(16) int slot_row[];
@@ -65,36 +67,38 @@ extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* ind
     const int superblock = blockIdx.x, g = blockIdx.y, b = blockIdx.z, warp = threadIdx.x / 32;
     const long pair = (long)b * G + g, at = pair * gridDim.x + superblock;
     routed_keys += at * span * n_places;
-    for (int i = threadIdx.x; i < n_slots / 4; i += 256) ((int4*)slot_row)[i] = make_int4(-1, -1, -1, -1), ((uint4*)slot_blocks)[i] = make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < n_slots / 4; i += THREADS_OF_KEYS) ((int4*)slot_row)[i] = make_int4(-1, -1, -1, -1), ((uint4*)slot_blocks)[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
     const int first = superblock * span, n_valid = max(0, min(min(span, n_blocks - first), (lens[b] + every - 1) / every - first));
     const int* lists = indices + (((long)b * n_blocks + first) * G + g) * n_places;
     constexpr int AT_ONCE = 4;
-    for (int i = threadIdx.x; i < n_places; i += 256) {
-        for (int block = 0; block < n_valid; block += AT_ONCE) {
-            int rows[AT_ONCE];
+    for (int from = threadIdx.x; from < n_valid * n_places; from += AT_ONCE * THREADS_OF_KEYS) {
+        int rows[AT_ONCE], blocks[AT_ONCE];
 #pragma unroll
-            for (int e = 0; e < AT_ONCE; e++) rows[e] = block + e < n_valid ? lists[(long)(block + e) * G * n_places + i] : -1;
+        for (int e = 0; e < AT_ONCE; e++) {
+            const int i = from + e * THREADS_OF_KEYS;
+            blocks[e] = i / n_places;
+            rows[e] = blocks[e] < n_valid ? lists[(long)blocks[e] * (G - 1) * n_places + i] : -1;
+        }
 #pragma unroll
-            for (int e = 0; e < AT_ONCE; e++) {
-                const int row = rows[e];
-                u32 slot = 0xffff;
-                if (row >= 0) {
-                    slot = (u32)row * 2654435761u & (n_slots - 1);
-                    for (;;) {
-                        const int found = atomicCAS(slot_row + slot, -1, row);
-                        if (found == -1 || found == row) break;
-                        slot = (slot + 1) & (n_slots - 1);
-                    }
-                    atomicOr(slot_blocks + slot, 1u << (block + e));
+        for (int e = 0; e < AT_ONCE; e++) {
+            const int row = rows[e];
+            u32 slot = 0xffff;
+            if (row >= 0) {
+                slot = (u32)row * 2654435761u & (n_slots - 1);
+                for (;;) {
+                    const int found = atomicCAS(slot_row + slot, -1, row);
+                    if (found == -1 || found == row) break;
+                    slot = (slot + 1) & (n_slots - 1);
                 }
-                if (block + e < n_valid) slots[(block + e) * n_places + i] = slot;
+                atomicOr(slot_blocks + slot, 1u << blocks[e]);
             }
+            if (blocks[e] < n_valid) slots[from + e * THREADS_OF_KEYS] = slot;
         }
     }
     __syncthreads();
     const int last_unit = (n_valid + unit - 1) / unit - 1;
-    for (int block = warp; block < n_valid; block += 8) {
+    for (int block = warp; block < n_valid; block += THREADS_OF_KEYS / 32) {
         const int3 n = for_listed(slots, slot_blocks, n_places, block, unit, last_unit, [](const Listed&) {});
         if (threadIdx.x % 32 == 0) staying[block + 1] = n.x, begin[block + 1] = n.y, end[block + 1] = n.z;
     }
@@ -123,7 +127,7 @@ extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* ind
         if (lane == 0) n_places_open = n_opened;
     }
     __syncthreads();
-    for (int block = warp; block < n_valid; block += 8) {
+    for (int block = warp; block < n_valid; block += THREADS_OF_KEYS / 32) {
         for_listed(slots, slot_blocks, n_places, block, unit, last_unit, [&](const Listed& key) {
             if (!key.begins) return;
             const int u = block / unit, rank = begin[block] + key.rank - begin[u * unit];
@@ -138,14 +142,14 @@ extern "C" __global__ __launch_bounds__(256) void superblock_keys(const int* ind
         });
     }
     __syncthreads();
-    for (int block = warp; block < n_valid; block += 8) {
+    for (int block = warp; block < n_valid; block += THREADS_OF_KEYS / 32) {
         for_listed(slots, slot_blocks, n_places, block, unit, last_unit, [&](const Listed& key) {
             if (key.ends) left[end[block] + key.rank_of_end] = slot_row[key.slot];
         });
     }
     __syncthreads();
     const int n = end[32];
-    for (int i = threadIdx.x; i < n - n_places_open; i += 256) {
+    for (int i = threadIdx.x; i < n - n_places_open; i += THREADS_OF_KEYS) {
         RoutedKey& before = routed_keys[left[i]];
         before.next = n_places_open + i;
         before.due = (__ffs(routed_keys[n_places_open + i].blocks) - 1) / unit;
