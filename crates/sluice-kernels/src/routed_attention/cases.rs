@@ -34,6 +34,9 @@ const CASES: &[Case] = &[
     Case { t: 300, window: 128, top_k: 64, every: 64, short: Some(170), heads: (9, 3), ..BASE },
     Case { t: 300, window: 128, top_k: 100, every: 64, heads: (8, 2), d: 128, ..BASE },
     Case { t: 600, window: 128, top_k: 256, every: 64, heads: (3, 1), bias: false, ..BASE },
+    // Enough blocks and heads for gradients in one pass.
+    Case { t: 600, window: 128, top_k: 256, every: 64, heads: (54, 27), short: Some(333), ..BASE },
+    Case { t: 500, window: 100, top_k: 200, every: 64, heads: (34, 34), bias: false, short: Some(449), ..BASE },
     // Dense causal attention.
     Case { t: 200, window: 200, top_k: 1, every: 64, heads: (2, 1), d: 128, bias: false, ..BASE },
 ];

@@ -391,7 +391,7 @@ impl Superblocks {
     }
 }
 
-/// Bytes that the gradients of routed keys need at most beside their inputs and results, for a routing by top-k.
+/// Bytes that the gradients of routed keys need at most for a routing by top-k, beside their inputs, their results and a few numbers a query.
 pub(super) fn scratch_bytes([b, t, g, d]: [usize; 4], budget: &Budget) -> usize {
     let (n_blocks, n_routed, pairs) = (budget.n_blocks(t), budget.n_routed(t), b * g);
     let bytes = |span| {
@@ -399,7 +399,7 @@ pub(super) fn scratch_bytes([b, t, g, d]: [usize; 4], budget: &Budget) -> usize 
         4 * pairs * (capacity * (2 * d + 3) + 4 * n * span * n_routed + 3 * t)
     };
     let apart = bytes(span(n_blocks, n_routed, budget.route_every, pairs));
-    apart.max(bytes(one_pass::span(n_blocks, n_routed, pairs, one_pass::MULTIPROCESSORS)))
+    if d == 64 { apart.max(bytes(one_pass::span(n_blocks, n_routed, pairs, one_pass::MULTIPROCESSORS))) } else { apart }
 }
 
 /// Blocks of a superblock: long ones leave fewer partial sums, short ones more to do side by side; a bit a block, and the
