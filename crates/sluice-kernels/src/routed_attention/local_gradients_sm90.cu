@@ -158,7 +158,7 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
             product_with_tile<64, D>(sum_k, factors, q_tile);
             products_commit();
             products_wait<0>();
-            if (lane == 0) barrier_arrive(part(common.rows_empty, step));
+            barrier_arrive(part(common.rows_empty, step));
             if (owed >= 0) dq_of(step - 1, owed, owed_last);
             owed = asks && step % 3 == me ? block : -1, owed_last = i == steps_here - 1;
         }

@@ -35,7 +35,7 @@ __device__ __forceinline__ void init(Common<DS>& common, int warpgroups) {
 #pragma unroll
     for (int i = 0; i < STAGES; i++) {
         barrier_init(shared_address(common.rows_full + i), 64);
-        barrier_init(shared_address(common.rows_empty + i), warpgroups * 4);
+        barrier_init(shared_address(common.rows_empty + i), warpgroups * 128);
     }
 #pragma unroll
     for (int i = 0; i < DS; i++) {

@@ -227,7 +227,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
             products_wait<0>();
             if (tile == 0 && owes) dq_of(step - 1);
         }
-        if (lane_here() == 0) barrier_arrive(part(common.rows_empty, step));
+        barrier_arrive(part(common.rows_empty, step));
         owes = step % 2 == me;
     }
     if (owes) dq_of(steps - 1);

@@ -32,6 +32,7 @@ __device__ __forceinline__ int3 for_listed(const unsigned short* slots, const u3
     int3 n = make_int3(0, 0, 0);
     const int lane = threadIdx.x % 32;
     const u32 before = (1u << lane) - 1;
+#pragma unroll 4
     for (int i = lane; i - lane < n_places; i += 32) {
         Listed key;
         key.slot = i < n_places ? slots[block * n_places + i] : 0xffff;
