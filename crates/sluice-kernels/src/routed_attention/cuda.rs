@@ -32,7 +32,15 @@ struct Width {
 
 const WIDTH_64: Width = Width {
     attention: source!("routed_attention", 64, "routed_attention.cu", "query_gradient.cu", "forward_sm90.cu"),
-    keys: source!("key_gradients", 64, "routed_keys.cu", "key_gradients.cu", "one_pass.cuh", "routed_gradients_sm90.cu", "local_gradients_sm90.cu"),
+    keys: source!(
+        "key_gradients",
+        64,
+        "routed_keys.cu",
+        "key_gradients.cu",
+        "one_pass.cuh",
+        "routed_gradients_sm90.cu",
+        "local_gradients_sm90.cu"
+    ),
     rows: 64,
     rows_sm90: 192,
     head_dim: 64,
@@ -359,7 +367,9 @@ fn routed_apart(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
     routed(call, superblocks, unit, |index| {
         let mut args: Vec<Arg> = rows.to_vec();
         args.extend([optional(call.scores), (&call.routing.tau).into(), (&call.routing.lens_there).into()]);
-        args.extend([&index.routed_keys, &index.n_open, &index.first_entry, &index.first_tile, &index.sums, &index.score_sums].map(Arg::from));
+        args.extend(
+            [&index.routed_keys, &index.n_open, &index.first_entry, &index.first_tile, &index.sums, &index.score_sums].map(Arg::from),
+        );
         args.extend([t, g, n_blocks, n_routed, route_every].map(int));
         args.push(call.inverse_temperature.into());
         args.extend([span, unit, n, capacity].map(int));

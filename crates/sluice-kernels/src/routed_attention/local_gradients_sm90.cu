@@ -10,15 +10,15 @@
 
 namespace one_pass {
 
-constexpr int LOCAL_DS = 3;
-constexpr int SLOTS = 4;    // Tiles of keys in shared memory: one is on its way while three are in use.
+constexpr int LOCAL_DS = 3;     // Steps whose gradients of logits are there.
+constexpr int SLOTS = 4;        // Tiles of keys in shared memory: one is on its way while three are in use.
 
 struct LocalShared {
     static constexpr int keys = 0, ring = SLOTS * 2 * TILE, ds = ring + STAGES * 2 * TILE, dq = ds + LOCAL_DS * 3 * TILE, common = dq + 2 * TILE;
     Common<LOCAL_DS> common_part;
     u64 keys_full[SLOTS], keys_empty[SLOTS];
 };
-static_assert(LocalShared::common + sizeof(LocalShared) == 223440, "cuda.rs counts on this");
+static_assert(LocalShared::common + sizeof(LocalShared) == 223440, "one_pass.rs counts on this");
 
 // dq [B, T, H, D], which holds the part of the routed keys, and dk, dv [B, T, G, D]. Grid [ceil(n_blocks / blocks_a_chunk), P], 512 threads; `rows` from
 // `row_products`; what follows `dv` as in `dkv_local`.

@@ -31,7 +31,7 @@ struct RoutedShared {
     float *sums, *score_sums;
     const float* tau;
 };
-static_assert(RoutedShared::common + sizeof(RoutedShared) == 227504, "cuda.rs counts on this");
+static_assert(RoutedShared::common + sizeof(RoutedShared) == 227504, "one_pass.rs counts on this");
 
 // What a thread keeps of one of the two tiles of keys of its warpgroup.
 struct KeyTile {
@@ -91,7 +91,10 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
     const auto lane_here = [] { return thread_here() % 32; };
     const u32 k_tiles = base + RoutedShared::k, v_tiles = base + RoutedShared::v;
     // A thread's two keys of a tile.
-    const auto first_place = [] { const u32 thread = thread_here(); return thread / 128 * 128 - 128 + thread / 32 % 4 * 16 + thread % 32 / 4; };
+    const auto first_place = [] {
+        const u32 thread = thread_here();
+        return thread / 128 * 128 - 128 + thread / 32 % 4 * 16 + thread % 32 / 4;
+    };
     const auto place_of = [&](int tile, int key) -> Place& { return state.places[first_place() + tile * 64 + key * 8]; };
     {
         // Places without a key hold that of another one, which no block reads there.
