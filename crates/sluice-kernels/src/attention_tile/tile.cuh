@@ -62,6 +62,13 @@ __device__ __forceinline__ float high_float(u32 pair) { return __int_as_float(pa
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// The thread's number, read where it is used: what follows from it is computed there and not kept in registers.
+__device__ __forceinline__ u32 thread_here() {
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // The thread's warpgroup in its block, in a form that the compiler knows to be the same for a warp.
 __device__ __forceinline__ int warpgroup() { return __shfl_sync(0xffffffffu, threadIdx.x / 128, 0); }
 
@@ -166,6 +173,14 @@ __device__ __forceinline__ void products_wait() {
 #endif
 }
 
+// Four 8 x 8 matrices of a tile; a lane names a row of one.
+__device__ __forceinline__ void load_fragments(u32 (&r)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 #if WGMMA
 
 // Describes a tile to wgmma: 128-byte swizzle, groups of 8 rows 1024 bytes apart, panels `panel` bytes apart. The address
@@ -213,13 +228,6 @@ __device__ __forceinline__ void wgmma_registers(float (&acc)[16][4], const u32 (
 }
 
 #else
-
-__device__ __forceinline__ void load_fragments(u32 (&r)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
 
 __device__ __forceinline__ void load_fragments_transposed(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"

@@ -32,13 +32,6 @@ __device__ __forceinline__ void warpgroup_sync(int warpgroup) { asm volatile("ba
 // for the warp.
 __device__ __forceinline__ int same_in_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// The thread's number, read where it is used: what follows from it is computed there and not kept in registers.
-__device__ __forceinline__ u32 thread_here() {
-    u32 thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread;
-}
-
 __device__ __forceinline__ float inverse(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -57,13 +57,6 @@ __device__ __forceinline__ u32 parity(int step) { return step / N & 1; }
 
 __device__ __forceinline__ void sync_warpgroup() { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup()) : "memory"); }
 
-// The thread's number, read where it is used: what follows from it is computed there and takes no registers elsewhere.
-__device__ __forceinline__ u32 thread_here() {
-    u32 thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread;
-}
-
 // Show the matrix unit what this thread has written, or seen to be written by copies.
 __device__ __forceinline__ void show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -118,9 +111,15 @@ __device__ __forceinline__ void weigh(Fragments& weights, Fragments& factors, co
     }
 }
 
+// Where in a tile of 64 rows a lane finds its row of the first four 8 x 8 matrices of a warpgroup's fragments; the next four are at `at ^ 32`.
+__device__ __forceinline__ u32 fragments_at(u32 tile) {
+    const u32 thread = thread_here(), lane = thread % 32;
+    return tile + tile_at<64>(thread / 32 % 4 * 16 + lane % 16, lane / 16);
+}
+
 // Write a warpgroup's fragments of 64 rows and 64 columns to a tile.
 __device__ __forceinline__ void fragments_to_tile(u32 tile, const Fragments& x) {
-    const u32 thread = thread_here(), lane = thread % 32, at = tile + tile_at<64>(thread / 32 % 4 * 16 + lane % 16, lane / 16);
+    const u32 at = fragments_at(tile);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at ^ i * 32), "r"(x[i][0]), "r"(x[i][1]), "r"(x[i][2]), "r"(x[i][3])
@@ -149,27 +148,20 @@ __device__ __forceinline__ void dq_of_step(Common<DS>& common, u32 dq_tiles, int
     products(acc);
     products_commit();
     products_wait<0>();
-    const u32 thread = thread_here(), lane = thread % 32;
-    if (lane == 0) barrier_arrive(part(common.ds_empty, step));
+    if (thread_here() % 32 == 0) barrier_arrive(part(common.ds_empty, step));
     barrier_wait(part(common.dq_empty, step), parity<2>(step) ^ !ADDED);
-    const u32 at = dq_tiles + step % 2 * TILE + tile_at<64>(thread / 32 % 4 * 16 + lane % 16, lane / 16);
+    const u32 tile = dq_tiles + step % 2 * TILE;
+    Fragments sum;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        u32 there[4] = {};
-        if (ADDED) {
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(there[0]), "=r"(there[1]), "=r"(there[2]), "=r"(there[3])
-                         : "r"(at ^ i * 32)
-                         : "memory");
-        }
-        u32 sum[4];
+        if (ADDED) load_fragments(sum[i], fragments_at(tile) ^ i * 32);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const float* x = &acc[2 * i + e / 2][e % 2 * 2];
-            sum[e] = ADDED ? pack(fmaf(x[0], SCALE, low_float(there[e])), fmaf(x[1], SCALE, high_float(there[e]))) : pack(x[0] * SCALE, x[1] * SCALE);
+            sum[i][e] = ADDED ? pack(fmaf(x[0], SCALE, low_float(sum[i][e])), fmaf(x[1], SCALE, high_float(sum[i][e]))) : pack(x[0] * SCALE, x[1] * SCALE);
         }
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at ^ i * 32), "r"(sum[0]), "r"(sum[1]), "r"(sum[2]), "r"(sum[3]) : "memory");
     }
+    fragments_to_tile(tile, sum);
     barrier_arrive(part(common.dq_full, step));
 }
 
