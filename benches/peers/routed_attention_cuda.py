@@ -169,14 +169,13 @@ class Routed:
                          and self.n_blocks * pairs >= 4 * 132 and self.wanted_span is None)
         span = self.wanted_span
         if self.one_pass:
-            most = max(1, min(32, 8192 // self.n_places))
-            span = min(range(most, 0, -1), key=lambda span: ceil(ceil(self.n_blocks, span) * pairs, 132) * (span + 1))
+            n_super, span = self.superblocks(pairs)
         elif span is None:
             # Long superblocks leave fewer partial sums, short ones more to do side by side; the table of keys must fit.
             span = 32
             while span > 1 and (span * self.n_places > 4096 and span > 8 or span * self.n_places > 8192 or ceil(self.n_blocks, span) * pairs < (48 if span * self.every <= 512 else 128)):
                 span //= 2
-        self.span, self.n_super = span, ceil(self.n_blocks, span)
+        self.span, self.n_super = span, n_super if self.one_pass else ceil(self.n_blocks, span)
         self.capacity = max(1, min(self.n_blocks * self.n_places, t + self.n_super * self.n_places))
         # Blocks between which steps of 64 rows begin: there a key may take the place of another, if that saves a wave.
         waves = lambda tiles: ceil(self.n_super * pairs * tiles, 2 * 132)
@@ -184,6 +183,7 @@ class Routed:
         self.unit = 1 if self.one_pass else 64 // math.gcd(64, self.every * self.group) if waves(places) < waves(places + 1) else span
         self.n_rows = self.n_blocks * self.every * self.group
         self.rows = f32(pairs, self.n_rows, 2) if self.one_pass else None
+        self.side = torch.cuda.Stream()
         self.routed_keys = i32(pairs, self.n_super, span * self.n_places, 4)
         self.n_keys, self.n_open = i32(pairs, self.n_super), i32(pairs, self.n_super)
         self.first_entry, self.first_tile = i32(pairs, self.n_super + 1), i32(pairs, self.n_super + 1)
@@ -194,6 +194,17 @@ class Routed:
         self.dq, self.delta = bf16(b, t, self.h, self.d), f32(b, t, self.h)
         self.dk, self.dv = bf16(b, t, g, self.d), bf16(b, t, g, self.d)
         self.dscores = f32(b, t, g) if self.biased else None
+
+    def superblocks(self, pairs, multiprocessors=132):
+        """How many and how long, as `superblocks` in `one_pass.rs`."""
+        most, best = max(1, min(32, 8192 // self.n_places)), None
+        for waves in range(1, ceil(self.n_blocks * pairs, multiprocessors) + 1):
+            n = min(max(waves * multiprocessors // pairs, 1), self.n_blocks)
+            span = ceil(self.n_blocks, n)
+            time = ceil(n * pairs, multiprocessors) * (span + 1)
+            if span <= most and (best is None or time < best[0]):
+                best = time, n, span
+        return best[1:]
 
     def route(self, scores):
         if self.n_places == 0:
@@ -282,28 +293,34 @@ class Routed:
         self.sum_entries()
 
     def sum_entries(self):
-        launch(self.keys("sum_entries"), (ceil(self.t, 16), self.g, self.b), 256, 0, self.readers, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
+        launch(self.keys("sum_entries"), (ceil(self.t, 64), self.g, self.b), 256, 0, self.readers, self.first_reader, self.entries, self.sorted, self.sums, self.score_sums,
                self.dscores, self.t, self.g, self.capacity)
 
     def bwd_local(self, dout, q, k, v):
         if self.one_pass:
             pairs = self.b * self.g
             chunk = ceil(self.n_blocks, max(1, 132 // pairs))
-            launch(self.keys("local_gradients_sm90"), (ceil(self.n_blocks, chunk), pairs), 512, 223440, dout, q, k, v, self.rows, self.lens, self.first_reader,
-                   self.sorted, self.sums, self.dq, self.dk, self.dv, self.t, self.g, self.n_blocks, self.window, chunk, self.capacity, *self.division)
+            launch(self.keys("local_gradients_sm90"), (ceil(self.n_blocks, chunk), pairs), 512, 224432, dout, q, k, v, self.rows, self.lens, self.first_reader,
+                   self.sums, self.dq, self.dk, self.dv, self.t, self.g, self.n_blocks, self.window, chunk, self.capacity, *self.division)
             return
         routed = self.n_places > 0
         launch(self.keys("dkv_local"), (ceil(self.t, 64), self.g, self.b), 128, self.key_shared(), dout, q, k, v, self.lse, self.delta, self.lens,
-               self.first_reader if routed else None, self.sorted, self.sums, self.dk, self.dv, self.t, self.g, self.window, self.every, self.capacity, *self.division)
+               self.first_reader if routed else None, self.sums, self.dk, self.dv, self.t, self.g, self.window, self.every, self.capacity, *self.division)
 
     def bwd(self, dout, q, k, v, scores):
         if self.n_places == 0 and self.biased:
             self.dscores.zero_()
         if self.one_pass:
-            launch(self.keys("row_products"), (ceil(self.n_rows, 128), self.b * self.g), 256, 0, dout, self.o, self.lse, self.lens, self.rows, self.t, self.g,
-                   self.n_rows, *self.division)
+            # Beside the index, as `Gpu::beside` does.
+            stream = torch.cuda.current_stream()
+            self.side.wait_stream(stream)
+            self.bwd_index()
+            with torch.cuda.stream(self.side):
+                launch(self.keys("row_products"), (ceil(self.n_rows, 128), self.b * self.g), 256, 0, dout, self.o, self.lse, self.lens, self.rows, self.t, self.g,
+                       self.n_rows, *self.division)
+            stream.wait_stream(self.side)
         else:
             self.bwd_dq(dout, q, k, v, scores)
-        self.bwd_index()
+            self.bwd_index()
         self.bwd_routed(dout, q, k, v, scores)
         self.bwd_local(dout, q, k, v)

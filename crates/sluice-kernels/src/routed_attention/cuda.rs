@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use sluice_tensor::cuda::{Arg, Buffer, Gpu, KernelSource, Precision, or_raise};
+use sluice_tensor::cuda::{Arg, Buffer, Gpu, KernelSource, Precision, Side, or_raise};
 use sluice_tensor::{DType, Tensor};
 
 use super::gpu_routing::GpuRouting;
@@ -185,6 +185,13 @@ impl<'a> Call<'a> {
         sizes.into_iter().chain([self.inverse_temperature.into()]).chain(self.division())
     }
 
+    /// [`Self::keys`] without shared memory of its own, beside the compute stream.
+    pub(super) fn keys_beside(&self, side: &Side<'_>, name: &str, grid: [usize; 3], threads: u32, args: &[Arg]) {
+        let function = or_raise(self.gpu.function(&self.width.keys, name));
+        // SAFETY: as above; who calls joins before the buffers are used again or freed.
+        or_raise(unsafe { side.launch(function, grid.map(|x| x as u32), [threads, 1, 1], 0, args) });
+    }
+
     pub(super) fn keys(&self, name: &str, grid: [usize; 3], threads: u32, shared: usize, args: &[Arg]) {
         // SAFETY: as above; buffers were made for these sizes.
         unsafe { launch(self.gpu, &self.width.keys, name, grid, threads, shared as u32, args) };
@@ -274,8 +281,7 @@ pub(super) fn bwd(gpu: &Arc<Gpu>, dims: &Dims, inputs: [&Tensor; 6], bias: Optio
         .into_iter()
         .chain([
             (&routing.lens_there).into(),
-            address(entries.as_ref().map(|e| &e.first_reader)),
-            address(entries.as_ref().map(|e| &e.sorted)),
+            address(entries.as_ref().map(|e| &e.entry_of_key)),
             address(entries.as_ref().map(|e| &e.sums)),
             act_mut(&mut dk),
             act_mut(&mut dv),
@@ -287,10 +293,9 @@ pub(super) fn bwd(gpu: &Arc<Gpu>, dims: &Dims, inputs: [&Tensor; 6], bias: Optio
     RoutedGrads { dq: dq.to_dtype(dtype), dk: dk.to_dtype(dtype), dv: dv.to_dtype(dtype), dscores }
 }
 
-/// What the readers of routed keys contributed, added up: the sums of a key are in the first of its entries.
+/// What the readers of routed keys contributed, added up, and the entry that has the sums of a key.
 pub(super) struct Entries {
-    pub(super) first_reader: Buffer,
-    pub(super) sorted: Buffer,
+    pub(super) entry_of_key: Buffer,
     pub(super) sums: Buffer,
     pub(super) capacity: usize,
     pub(super) dscores: Option<Tensor>,
@@ -348,8 +353,8 @@ pub(super) fn routed(call: &Call<'_>, superblocks: Superblocks, unit: usize, vis
     let mut args: Vec<Arg> = [&readers, &first_reader, &entries, &sorted, &sums, &score_sums].map(Arg::from).into();
     args.push(dscores.as_mut().map_or(Arg::U64(0), Arg::from));
     args.extend([t, g, capacity].map(int));
-    call.keys("sum_entries", [t.div_ceil(16), g, b], 256, 0, &args);
-    Entries { first_reader, sorted, sums, capacity, dscores }
+    call.keys("sum_entries", [t.div_ceil(64), g, b], 256, 0, &args);
+    Entries { entry_of_key: first_reader, sums, capacity, dscores }
 }
 
 /// The sums of routed keys by a kernel for them alone; `rows` are the addresses of dout, q, k, v, lse and delta.
@@ -357,7 +362,7 @@ fn routed_apart(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
     let Dims { b, t, g, .. } = *call.dims;
     let GpuRouting { n_blocks, n_routed, route_every, never_returns, .. } = *call.routing;
     let (pairs, int) = (b * g, Call::int);
-    let superblocks = Superblocks::new(span(n_blocks, n_routed, route_every, pairs), t, n_blocks, n_routed, never_returns);
+    let superblocks = Superblocks::new(superblocks(n_blocks, n_routed, route_every, pairs), t, n_blocks, n_routed, never_returns);
     let Superblocks { span, n, capacity } = superblocks;
     // Blocks between which steps begin: there a key can take the place of another. That saves a tile of places or two, which
     // costs more than it wins if as many waves of blocks of threads are left, two on a multiprocessor.
@@ -384,7 +389,7 @@ fn routed_apart(call: &Call<'_>, rows: &[Arg; 6]) -> Entries {
 /// How the readers of routed keys are divided.
 #[derive(Clone, Copy)]
 pub(super) struct Superblocks {
-    /// Blocks of a superblock.
+    /// Blocks of a superblock at most; which it has says `first_block` in `routed_keys.cu`.
     pub(super) span: usize,
     /// Superblocks of a sequence.
     pub(super) n: usize,
@@ -393,8 +398,8 @@ pub(super) struct Superblocks {
 }
 
 impl Superblocks {
-    pub(super) fn new(span: usize, t: usize, n_blocks: usize, n_routed: usize, never_returns: bool) -> Self {
-        let n = n_blocks.div_ceil(span);
+    /// `n` of them, which are enough.
+    pub(super) fn new((n, span): (usize, usize), t: usize, n_blocks: usize, n_routed: usize, never_returns: bool) -> Self {
         // A key that never returns enters once at most, beside those that are there when a superblock begins.
         let at_most = if never_returns { t + n * n_routed } else { usize::MAX };
         Self { span, n, capacity: at_most.min(n_blocks * n_routed) }
@@ -404,17 +409,17 @@ impl Superblocks {
 /// Bytes that the gradients of routed keys need at most for a routing by top-k, beside their inputs, their results and a few numbers a query.
 pub(super) fn scratch_bytes([b, t, g, d]: [usize; 4], budget: &Budget) -> usize {
     let (n_blocks, n_routed, pairs) = (budget.n_blocks(t), budget.n_routed(t), b * g);
-    let bytes = |span| {
-        let Superblocks { span, n, capacity } = Superblocks::new(span, t, n_blocks, n_routed, true);
+    let bytes = |superblocks| {
+        let Superblocks { span, n, capacity } = Superblocks::new(superblocks, t, n_blocks, n_routed, true);
         4 * pairs * (capacity * (2 * d + 3) + 4 * n * span * n_routed + 3 * t)
     };
-    let apart = bytes(span(n_blocks, n_routed, budget.route_every, pairs));
-    if d == 64 { apart.max(bytes(one_pass::span(n_blocks, n_routed, pairs, one_pass::MULTIPROCESSORS))) } else { apart }
+    let apart = bytes(superblocks(n_blocks, n_routed, budget.route_every, pairs));
+    if d == 64 { apart.max(bytes(one_pass::superblocks(n_blocks, n_routed, pairs, one_pass::MULTIPROCESSORS))) } else { apart }
 }
 
-/// Blocks of a superblock: long ones leave fewer partial sums, short ones more to do side by side; a bit a block, and the
-/// table of its keys must fit shared memory.
-fn span(n_blocks: usize, n_routed: usize, route_every: usize, pairs: usize) -> usize {
+/// How many superblocks, of how many blocks at most: long ones leave fewer partial sums, short ones more to do side by side; a bit a
+/// block, and the table of its keys must fit shared memory.
+fn superblocks(n_blocks: usize, n_routed: usize, route_every: usize, pairs: usize) -> (usize, usize) {
     let mut span = 32;
     while span > 1 {
         let table = if span > 8 { 4096 } else { 8192 };
@@ -424,7 +429,7 @@ fn span(n_blocks: usize, n_routed: usize, route_every: usize, pairs: usize) -> u
         }
         span /= 2;
     }
-    span
+    (n_blocks.div_ceil(span), span)
 }
 
 fn greatest_common_divisor(a: usize, b: usize) -> usize {

@@ -42,10 +42,18 @@ template <class Describe, class Bias>
 __device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, const Problem& x, int b, int g, int begin, int end, Describe describe_row, Bias& bias) {
     const u32 k_tile = shared_address(shared), v_tile = k_tile + TILE;
     Rows* infos = (Rows*)(shared + 6 * TILE);
+    // Whether the rows of a thread, which are so far apart, belong to the same head.
+    const bool regular = THREADS / (D / 8) % x.group.n == 0;
     auto fetch = [&](int step) {
         const int first = begin + step * ROWS;
         const u32 q_tile = k_tile + 2 * TILE + step % 2 * (2 * TILE), dout_tile = q_tile + TILE;
-        copy_rows<ROWS, D, THREADS>(q_tile, x.q, dout_tile, x.dout, [&](int i) { return x.group.at(b, x.T, x.G, g, min(first + i, end - 1)); });
+        if (regular && first + ROWS <= end) {
+            // A row's distance to the thread's first one is that of their numbers: heads of a group lie side by side.
+            const int own = threadIdx.x / (D / 8), at = x.group.at(b, x.T, x.G, g, first + own);
+            copy_rows<ROWS, D, THREADS>(q_tile, x.q, dout_tile, x.dout, [&](int i) { return at + (i - own) * x.G; });
+        } else {
+            copy_rows<ROWS, D, THREADS>(q_tile, x.q, dout_tile, x.dout, [&](int i) { return x.group.at(b, x.T, x.G, g, min(first + i, end - 1)); });
+        }
         // A row past the end has no weights.
         Rows& info = infos[step % 2];
         const int i = threadIdx.x % ROWS, row = min(first + i, end - 1);
@@ -299,7 +307,7 @@ extern "C" __global__ __launch_bounds__(THREADS, ROUTED_CTAS) void dkv_routed(co
         const int first = (tile - first_tile[superblock]) * KEYS;
         const RoutedKey* list = routed_keys + (pair * n + superblock) * span * n_places;
         const int n_here = min(KEYS, n_open[pair * n + superblock] - first);
-        const int begin = superblock * span * every, end = min(begin + span * every, lens[b]);
+        const int block = first_block(superblock, n, n_blocks, span), begin = block * every, end = min(first_block(superblock + 1, n, n_blocks, span) * every, lens[b]);
         __syncthreads();
         // Places without a key hold the last one again; nobody stores what becomes of them.
         copy_rows<KEYS, D, THREADS>(shared_address(shared), k, shared_address(shared) + TILE, v,
@@ -333,7 +341,7 @@ extern "C" __global__ __launch_bounds__(THREADS, ROUTED_CTAS) void dkv_routed(co
         visit(
             grads, shared, x, b, g, begin * group, end * group,
             [&](Rows& info, int i, int query) {
-                info.first[i] = query / every - superblock * span;
+                info.first[i] = query / every - block;
                 info.last[i] = scores ? __float_as_int(tau[((long)b * n_blocks + query / every) * G + g]) : 0;
             },
             bias);
@@ -341,26 +349,33 @@ extern "C" __global__ __launch_bounds__(THREADS, ROUTED_CTAS) void dkv_routed(co
     }
 }
 
-// Add up the entries of every key in ascending order, into the first one, whose number goes to the front of the key's
-// list; dscores [B, T, G] (or null). Grid [ceil(T / 16), G, B], 256 threads; the first keys, which have the longest lists,
-// go to different warps.
-extern "C" __global__ __launch_bounds__(256) void sum_entries(int* readers, const int* first_reader, const int* entries, int* sorted, float* sums, const float* score_sums,
+// Add up the entries of every key in ascending order, into the first one, whose number takes the place of `first_reader`; dscores [B, T, G] (or
+// null). Grid [ceil(T / 64), G, B], 256 threads: a warp has 8 keys, as far apart as there are warps, because the first keys have the longest lists.
+extern "C" __global__ __launch_bounds__(256) void sum_entries(int* readers, int* first_reader, const int* entries, int* sorted, float* sums, const float* score_sums,
                                                               float* dscores, int T, int G, int capacity) {
-    const int lane = threadIdx.x % 32, g = blockIdx.y, b = blockIdx.z, first_key = blockIdx.x * 16 + threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, g = blockIdx.y, b = blockIdx.z, warp = blockIdx.x * 8 + threadIdx.x / 32, stride = gridDim.x * 8;
     const long pair = (long)b * G + g;
     entries += pair * capacity, sorted += pair * capacity, sums += pair * capacity * (2 * D), score_sums += pair * capacity;
-    const int key_of_lane = first_key + lane * 8;
-    const bool is_key = lane < 2 && key_of_lane < T;
-    const int n_of_lane = is_key ? readers[pair * T + key_of_lane] : 0, first_of_lane = is_key ? first_reader[pair * T + key_of_lane] : 0;
-    if (n_of_lane > 0) readers[pair * T + key_of_lane] = 0;
-    else if (is_key && dscores) dscores[((long)b * T + key_of_lane) * G + g] = 0.0f;
-    for (u32 left = __ballot_sync(0xffffffffu, n_of_lane > 0); left; left &= left - 1) {
-        const int from = __ffs(left) - 1, n = __shfl_sync(0xffffffffu, n_of_lane, from), first = __shfl_sync(0xffffffffu, first_of_lane, from);
+    readers += pair * T, first_reader += pair * T;
+    const int key_of_lane = warp + lane * stride;
+    const bool is_key = lane < 8 && key_of_lane < T;
+    const int n_of_lane = is_key ? readers[key_of_lane] : 0, first_of_lane = is_key ? first_reader[key_of_lane] : 0;
+    const auto dscore = [&](int key) -> float& { return dscores[((long)b * T + key) * G + g]; };
+    if (n_of_lane > 0) readers[key_of_lane] = 0;
+    else if (is_key && dscores) dscore(key_of_lane) = 0.0f;
+    if (n_of_lane == 1) {
+        const int entry = entries[first_of_lane];
+        first_reader[key_of_lane] = entry;
+        if (dscores) dscore(key_of_lane) = score_sums[entry];
+    }
+    for (u32 left = __ballot_sync(0xffffffffu, n_of_lane > 1); left; left &= left - 1) {
+        const int from = __ffs(left) - 1, key = warp + from * stride, n = __shfl_sync(0xffffffffu, n_of_lane, from), first = __shfl_sync(0xffffffffu, first_of_lane, from);
         for (int i = lane; i < n; i += 32) {
             const int mine = entries[first + i];
             int rank = 0;
             for (int j = 0; j < n; j++) rank += entries[first + j] < mine;
             sorted[first + rank] = mine;
+            if (rank == 0) first_reader[key] = mine;
         }
         __syncwarp();
         constexpr int PIECES = 2 * D / 128;
@@ -379,7 +394,7 @@ extern "C" __global__ __launch_bounds__(256) void sum_entries(int* readers, cons
         const long entry = sorted[first];
 #pragma unroll
         for (int e = 0; e < PIECES; e++) *(float4*)(sums + entry * (2 * D) + (e * 32 + lane) * 4) = sum[e];
-        if (dscores && lane == 0) dscores[((long)b * T + first_key + from * 8) * G + g] = score_sum;
+        if (dscores && lane == 0) dscore(key) = score_sum;
     }
 }
 
@@ -411,11 +426,11 @@ struct LocalBias {
     __device__ __forceinline__ void score_gradient(const float (&)[ROWS / 8][4], const Rows&, float&, float&) const {}
 };
 
-// dk, dv [B, T, G, D]: what the window's queries contribute, and the sums of the routed ones. `first_reader` is null
-// when nothing is routed. Grid [ceil(T / 64), G, B], 128 threads.
+// dk, dv [B, T, G, D]: what the window's queries contribute, and the sums of the routed ones. `entry_of_key`, from `sum_entries`, is
+// null when nothing is routed. Grid [ceil(T / 64), G, B], 128 threads.
 extern "C" __global__ __launch_bounds__(THREADS, LOCAL_CTAS) void dkv_local(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float* lse,
-                                                                         const float* delta, const int* lens, const int* first_reader, const int* sorted,
-                                                                         const float* sums, bf16* dk, bf16* dv, int T, int G, int window, int every, int capacity,
+                                                                         const float* delta, const int* lens, const int* entry_of_key, const float* sums,
+                                                                         bf16* dk, bf16* dv, int T, int G, int window, int every, int capacity,
                                                                          int group, u32 reciprocal) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int g = blockIdx.y, b = blockIdx.z, len = lens[b], first = blockIdx.x * KEYS;
@@ -444,15 +459,15 @@ extern "C" __global__ __launch_bounds__(THREADS, LOCAL_CTAS) void dkv_local(cons
 #pragma unroll
         for (int e = 0; e < 4; e++) grads.dk[j][e] *= scale;
     }
-    if (first_reader) {
+    if (entry_of_key) {
         const long pair = (long)b * G + g;
         const int column = threadIdx.x % 4 * 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int key = half ? bias.key1 : bias.key0;
-            const int at = key < T ? first_reader[pair * T + key] : -1;
-            if (at >= 0) {
-                const float* from = sums + (pair * capacity + sorted[pair * capacity + at]) * (2 * D) + column;
+            const int entry = key < T ? entry_of_key[pair * T + key] : -1;
+            if (entry >= 0) {
+                const float* from = sums + (pair * capacity + entry) * (2 * D) + column;
 #pragma unroll
                 for (int j = 0; j < D / 8; j++) {
                     const float2 a = *(const float2*)(from + 8 * j), c = *(const float2*)(from + D + 8 * j);

@@ -16,16 +16,17 @@ constexpr int SLOTS = 4;        // Tiles of keys in shared memory: one is on its
 struct LocalShared {
     static constexpr int keys = 0, ring = SLOTS * 2 * TILE, ds = ring + STAGES * 2 * TILE, dq = ds + LOCAL_DS * 3 * TILE, common = dq + 2 * TILE;
     Common<LOCAL_DS> common_part;
-    u64 keys_full[SLOTS], keys_empty[SLOTS];
+    u64 keys_empty[SLOTS];
+    int entries[SLOTS][KEYS];   // Where the sums of a tile's keys are, -1 for none.
 };
-static_assert(LocalShared::common + sizeof(LocalShared) == 223440, "one_pass.rs counts on this");
+static_assert(LocalShared::common + sizeof(LocalShared) == 224432, "one_pass.rs counts on this");
 
 // dq [B, T, H, D], which holds the part of the routed keys, and dk, dv [B, T, G, D]. Grid [ceil(n_blocks / blocks_a_chunk), P], 512 threads; `rows` from
 // `row_products`; what follows `dv` as in `dkv_local`.
-extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float2* rows, const int* lens,
-                                                                          const int* first_reader, const int* sorted, const float* sums, bf16* dq, bf16* dk,
-                                                                          bf16* dv, int T, int G, int n_blocks, int window, int blocks_a_chunk, int capacity,
-                                                                          int group, u32 reciprocal) {
+extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const StepRows* rows, const int* lens,
+                                                                          const int* entry_of_key, const float* sums, bf16* dq, bf16* dk, bf16* dv, int T,
+                                                                          int G, int n_blocks, int window, int blocks_a_chunk, int capacity, int group,
+                                                                          u32 reciprocal) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int pair = blockIdx.y, b = pair / G, g = pair % G, len = lens[b], end_row = len * group;
     const int begin = blockIdx.x * blocks_a_chunk, end = min(begin + blocks_a_chunk, n_blocks);
@@ -45,10 +46,10 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
     const u32 base = __shfl_sync(0xffffffffu, shared_address(shared), 0);
     LocalShared& state = *(LocalShared*)(shared + LocalShared::common);
     Common<LOCAL_DS>& common = state.common_part;
-    rows += (long)pair * n_blocks * 64 * group;
+    rows += (long)pair * n_blocks * group;
     if (threadIdx.x == 0) {
         init(common, 3);
-        for (int i = 0; i < SLOTS; i++) barrier_init(shared_address(state.keys_full + i), 64), barrier_init(shared_address(state.keys_empty + i), 4);
+        for (int i = 0; i < SLOTS; i++) barrier_init(shared_address(state.keys_empty + i), 8);
     }
     __syncthreads();
     // Tiles are counted from the first that the chunk sees.
@@ -67,74 +68,102 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
                 if (step + 2 < steps_of_dq) fetch_dq(thread, common, base + LocalShared::dq, dq, x, b, g, row + 2 * ROWS, end_of_dq, step + 2);
             }
         } else {
-            int step = 0, tile = first_tile;
+            // The keys of a block come with its first step.
+            const auto copy_keys = [&](int tile) {
+                barrier_wait(part(state.keys_empty, tile - first_tile), parity<SLOTS>(tile - first_tile) ^ 1);
+                copy_64_rows(thread, slot(tile), k, slot(tile) + TILE, v, [&](int i) { return (first_at + min(tile * 64 + i, len - 1)) * G + g; });
+                copy4(&state.entries[(tile - first_tile) % SLOTS][thread], entry_of_key + (long)pair * T + min(tile * 64 + thread, T - 1));
+            };
+            int step = 0;
 #pragma unroll 1
             for (int block = begin; block < last; block++) {
 #pragma unroll 1
-                for (; tile <= min(block, end - 1); tile++) {
-                    barrier_wait(part(state.keys_empty, tile - first_tile), parity<SLOTS>(tile - first_tile) ^ 1);
-                    copy_64_rows(thread, slot(tile), k, slot(tile) + TILE, v, [&](int i) { return (first_at + min(tile * 64 + i, len - 1)) * G + g; });
-                    barrier_arrive_with_copies(part(state.keys_full, tile - first_tile));
-                }
-#pragma unroll 1
                 for (int row = block * group * ROWS; row < min((block + 1) * group * ROWS, end_row); row += ROWS, step++) {
+                    const bool first = row == block * group * ROWS;
+                    // What frees a tile may wait for the step before.
+                    if (first && step > 0) step_is_there<0>(common, step - 1);
+                    barrier_wait(part(common.rows_empty, step), parity<STAGES>(step) ^ 1);
+                    for (int tile = step == 0 ? first_tile : block; first && tile <= min(block, end - 1); tile++) copy_keys(tile);
                     copy_step(thread, common, base + LocalShared::ring, x, rows, b, g, row, end_row, step);
+                    if (!first) step_is_there<1>(common, step - 1);
                 }
             }
+            step_is_there<0>(common, step - 1);
         }
-        asm volatile("cp.async.wait_all;" ::: "memory");
         return;
     }
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    const int me = warpgroup() - 1, lane = threadIdx.x % 32, key_of_thread = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    const int me = warpgroup() - 1;
+    const auto lane_here = [] { return thread_here() % 32; };
+    const auto key_here = [] { return thread_here() / 32 % 4 * 16 + thread_here() % 32 / 4; };
     // The tile of a warpgroup that a block may see, or another one that is there.
     const auto tile_of = [&](int warpgroup, int block) { return block - (block - first_tile + 3 - warpgroup) % 3; };
     const auto tile_there = [&](int warpgroup, int block) { return min(max(tile_of(warpgroup, block), first_tile), end - 1); };
+    // dq of a step falls to the warpgroups in turn.
     const auto dq_of = [&](int step, int block, bool is_last) {
+        if (step % 3 != me || block >= end) return;
         dq_of_step<true>(common, base + LocalShared::dq, step, [&](Block& acc) {
 #pragma unroll
             for (int i = 0; i < 3; i++) product_of_transposed(acc, base + LocalShared::ds + (step % LOCAL_DS * 3 + i) * TILE, slot(tile_there(i, block)), i);
         });
-        if (is_last && block - 2 >= first_tile && lane == 0) barrier_arrive(part(state.keys_empty, block - 2 - first_tile));
+        if (is_last && block - 2 >= first_tile && lane_here() == 0) barrier_arrive(part(state.keys_empty, block - 2 - first_tile));
     };
-    Block sum_k = {}, sum_v = {};
-    int step = 0, owed = -1;    // The block of the step before, if this warpgroup owes its dq.
-    bool owed_last = false;
-    int entry[2];
-#pragma unroll 1
-    for (int block = begin; block < last; block++) {
-        const int tile = tile_of(me, block), key = tile * 64 + key_of_thread, first_seen = block * 64 - window + 1;
-        const bool sees = tile >= first_tile && tile < end, asks = block < end;
-        const int there = tile_there(me, block);
-        const u32 k_tile = slot(there);
-        // Who sees nothing computes weights of zero.
-        const float add[2] = {!sees || key < first_seen ? -infinity() : 0.0f, !sees || key + 8 < first_seen ? -infinity() : 0.0f};
-        // Where the sums of the thread's keys are, if they have any: looked up when a tile comes and asked for before it goes.
-        const bool ours = sees && tile >= begin, ends = ours && (block == tile + 2 || block == last - 1);
+    const auto steps_of = [&](int block) { return min(group, (end_row - block * 64 * group + ROWS - 1) / ROWS); };
+    // The sums of routed readers come to those of the thread's keys of a tile, `part` 0 for dk and 1 for dv.
+    const auto add_routed = [&](Block& sum, int tile, int part, float scale) {
+        float2 routed[2][8];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            if (block == tile) {
-                const int reader = ours && key + 8 * half < len ? first_reader[(long)pair * T + key + 8 * half] : -1;
-                entry[half] = reader >= 0 ? sorted[(long)pair * capacity + reader] : -1;
-            }
-            if (ends && entry[half] >= 0) {
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(sums + ((long)pair * capacity + entry[half]) * (2 * D) + lane % 4 * 32));
+            const int entry = state.entries[(tile - first_tile) % SLOTS][key_here() + 8 * half];
+            const float* from = sums + ((long)pair * capacity + entry) * (2 * D) + part * D + lane_here() % 4 * 2;
+            // All are asked for before the first is used.
+#pragma unroll
+            for (int j = 0; j < 8; j++) routed[half][j] = entry >= 0 ? *(const float2*)(from + 8 * j) : make_float2(0.0f, 0.0f);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                sum[j][2 * half] = fmaf(sum[j][2 * half], scale, routed[half][j].x);
+                sum[j][2 * half + 1] = fmaf(sum[j][2 * half + 1], scale, routed[half][j].y);
             }
         }
-        barrier_wait(part(state.keys_full, there - first_tile), parity<SLOTS>(there - first_tile));
-        const int steps_here = min(group, (end_row - block * 64 * group + ROWS - 1) / ROWS);
+    };
+    // A warp's 16 rows of a tile's gradients, by way of the tile of values, which nobody else reads.
+    const auto store = [&](const Block& sum, int tile, bf16* to) {
+        Fragments rows;
+        to_fragments<64>(rows, sum);
+        __syncwarp();
+        fragments_to_tile(slot(tile) + TILE, rows);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int key = thread_here() / 32 % 4 * 16 + i * 4 + lane_here() / 8, piece = lane_here() % 8, position = tile * 64 + key;
+            const uint4 x = *(const uint4*)(shared + (slot(tile) - base) + TILE + tile_at<64>(key, piece));
+            if (position < len) *(uint4*)(to + ((u64)(first_at + position) * G + g) * D + piece * 8) = x;
+        }
+    };
+    Block sum_k, sum_v;
+    int step = 0;
+    bool leaves = true;     // Whether the step before was the last to see its tile; sums begin anew behind it.
+    // The block behind the last that sees a tile of this warpgroup, or whose dq is asked for.
+    const int my_last = min(last, max(end, tile_of(me, end - 1) + 3));
+#pragma unroll 1
+    for (int block = begin; block < my_last; block++) {
+        const int tile = tile_of(me, block), there = tile_there(me, block), first_seen = block * 64 - window + 1, steps_here = steps_of(block);
+        const bool sees = tile >= first_tile && tile < end, asks = block < end;
+        const u32 k_tile = slot(there);
 #pragma unroll 1
         for (int i = 0; i < steps_here; i++, step++) {
             const u32 q_tile = base + LocalShared::ring + step % STAGES * (2 * TILE);
             barrier_wait(part(common.rows_full, step), parity<STAGES>(step));
-            show();
             Block s, ds;
             start(s, ds, k_tile, k_tile + TILE, q_tile);
-            products_wait<0>();
+            products_wait<1>();
             if (tile == block) {
                 // A key is seen by the rows of its own query and of later ones.
-                const int from = key_of_thread * group - i * ROWS - lane % 4 * 2;
+                const int from = (int)key_here() * group - i * ROWS - (int)lane_here() % 4 * 2;
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
 #pragma unroll
@@ -143,10 +172,20 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
                         if (8 * j + e < from + 8 * group) s[j][2 + e] = -infinity();
                     }
                 }
+            } else if (!sees || tile * 64 < first_seen) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    if (!sees || tile * 64 + (int)key_here() + 8 * half < first_seen) {
+#pragma unroll
+                        for (int j = 0; j < 8; j++) s[j][2 * half] = s[j][2 * half + 1] = -infinity();
+                    }
+                }
             }
+            const StepRows& known = common.rows[step % STAGES];
+            weigh(s, known);
+            products_wait<0>();
             Fragments weights, factors;
-            float unused[2];
-            weigh<false>(weights, factors, s, ds, common.rows[step % STAGES], add, unused);
+            differentiate(weights, factors, s, ds, known);
             if (asks) {
                 barrier_wait(part(common.ds_empty, step), parity<LOCAL_DS>(step) ^ 1);
                 fragments_to_tile(base + LocalShared::ds + (step % LOCAL_DS * 3 + me) * TILE, factors);
@@ -154,39 +193,33 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
                 barrier_arrive(part(common.ds_full, step));
             }
             products_begin();
-            product_with_tile<64, D>(sum_v, weights, q_tile + TILE);
-            product_with_tile<64, D>(sum_k, factors, q_tile);
+            product_with_rows(sum_v, weights, q_tile + TILE, !leaves);
+            product_with_rows(sum_k, factors, q_tile, !leaves);
             products_commit();
             products_wait<0>();
             barrier_arrive(part(common.rows_empty, step));
-            if (owed >= 0) dq_of(step - 1, owed, owed_last);
-            owed = asks && step % 3 == me ? block : -1, owed_last = i == steps_here - 1;
-        }
-        if (block == tile + 2 || block == last - 1) {
-            // Nobody else sees the tile.
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int mine = key + 8 * half;
-                if (ends && mine < len) {
-                    const float* from = sums + ((long)pair * capacity + entry[half]) * (2 * D) + lane % 4 * 2;
-                    const u64 to = ((u64)(first_at + mine) * G + g) * D + lane % 4 * 2;
-#pragma unroll
-                    for (int j = 0; j < 8; j++) {
-                        const float2 of_k = entry[half] >= 0 ? *(const float2*)(from + 8 * j) : make_float2(0.0f, 0.0f);
-                        const float2 of_v = entry[half] >= 0 ? *(const float2*)(from + D + 8 * j) : make_float2(0.0f, 0.0f);
-                        *(u32*)(dk + to + 8 * j) = pack(fmaf(sum_k[j][2 * half], SCALE, of_k.x), fmaf(sum_k[j][2 * half + 1], SCALE, of_k.y));
-                        *(u32*)(dv + to + 8 * j) = pack(sum_v[j][2 * half] + of_v.x, sum_v[j][2 * half + 1] + of_v.y);
-                    }
+            leaves = i == steps_here - 1 && (block == tile + 2 || block == last - 1);
+            if (step > 0) dq_of(step - 1, i > 0 ? block : block - 1, i == 0);
+            if (leaves && sees) {
+                if (tile >= begin) {
+                    add_routed(sum_k, tile, 0, SCALE), add_routed(sum_v, tile, 1, 1.0f);
+                    // Every warp has read the tile of values.
+                    sync_warpgroup();
+                    store(sum_k, tile, dk), store(sum_v, tile, dv);
+                    __syncwarp();
                 }
-            }
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) sum_k[j][e] = sum_v[j][e] = 0.0f;
+                if (lane_here() == 0) barrier_arrive(part(state.keys_empty, tile - first_tile));
             }
         }
     }
-    if (owed >= 0) dq_of(step - 1, owed, owed_last);
+    dq_of(step - 1, my_last - 1, true);
+    // Who has seen its last lets the others go on.
+    for (int block = my_last; block < last; block++) {
+        for (int i = 0; i < steps_of(block); i++, step++) {
+            barrier_wait(part(common.rows_full, step), parity<STAGES>(step));
+            barrier_arrive(part(common.rows_empty, step));
+        }
+    }
 }
 
 }  // namespace one_pass

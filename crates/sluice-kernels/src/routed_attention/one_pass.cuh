@@ -21,12 +21,16 @@ constexpr float SCALE = 0.125f, SCALE2 = SCALE * LOG2E;         // Of logits, an
 using Block = float[8][4];
 using Fragments = u32[4][4];
 
-// In shared memory, behind the tiles. Every row: minus its log sum in units of log2, which is -inf for padding, and delta.
-// Gradients of logits have room for DS steps.
+// What is known of a step's rows: minus their log sums in units of log2, which are -inf for padding, and deltas.
+struct StepRows {
+    float log_sums[ROWS], deltas[ROWS];
+};
+
+// In shared memory, behind the tiles. Gradients of logits have room for DS steps.
 template <int DS>
 struct Common {
     u64 rows_full[STAGES], rows_empty[STAGES], ds_full[DS], ds_empty[DS], dq_full[2], dq_empty[2];
-    __align__(16) float2 rows[STAGES][ROWS];
+    __align__(16) StepRows rows[STAGES];
 };
 
 // To be called by one thread, with the number of warpgroups that compute.
@@ -76,37 +80,60 @@ __device__ __forceinline__ void copy_64_rows(int thread, u32 x_tile, const bf16*
 
 // Copy the rows of a step, `row` the first of them: those of q and dout, and what is known of them from `rows`, by 64 threads.
 template <int DS>
-__device__ __forceinline__ void copy_step(int thread, Common<DS>& common, u32 ring, const Problem& x, const float2* rows, int b, int g, int row, int end, int step) {
-    barrier_wait(part(common.rows_empty, step), parity<STAGES>(step) ^ 1);
+__device__ __forceinline__ void copy_step(int thread, Common<DS>& common, u32 ring, const Problem& x, const StepRows* rows, int b, int g, int row, int end, int step) {
     const u32 q_tile = ring + step % STAGES * (2 * TILE);
     copy_64_rows(thread, q_tile, x.q, q_tile + TILE, x.dout, [&](int i) { return x.group.at(b, x.T, x.G, g, min(row + i, end - 1)); });
-    if (thread < 32) copy16(shared_address(common.rows[step % STAGES]) + thread * 16, rows + row + thread * 2);
-    barrier_arrive_with_copies(part(common.rows_full, step));
+    if (thread < 32) copy16(shared_address(common.rows + step % STAGES) + thread * 16, (const char*)(rows + row / ROWS) + thread * 16);
+    copies_commit();
 }
 
-// Logits of 64 keys (rows) and the rows of a step (columns), and the products of values and dout.
+// Wait until at most N steps' copies by this thread are under way, and say that those of `step` have come: shown to the matrix unit here, so
+// that nobody who computes has to.
+template <int N, int DS>
+__device__ __forceinline__ void step_is_there(Common<DS>& common, int step) {
+    copies_wait<N>();
+    barrier_arrive(part(common.rows_full, step));
+}
+
+// Logits of 64 keys (rows) and the rows of a step (columns), and behind them the products of values and dout.
 __device__ __forceinline__ void start(Block& s, Block& ds, u32 k_tile, u32 v_tile, u32 q_tile) {
     products_begin();
     product_of_tiles<D, 64, 64>(s, k_tile, 0, q_tile);
+    products_commit();
     product_of_tiles<D, 64, 64>(ds, v_tile, 0, q_tile + TILE);
     products_commit();
 }
 
-// Weights and gradients of logits from what `start` began; `add` what comes to the logits of the thread's two keys, in units of log2. The
-// sums over this thread's rows of the gradients of its keys' logits come to `sum`.
-template <bool SUMMED>
-__device__ __forceinline__ void weigh(Fragments& weights, Fragments& factors, const Block& s, const Block& ds, const float2* rows, const float (&add)[2], float (&sum)[2]) {
-    const float4* pairs = (const float4*)rows + thread_here() % 4;
+// Logits become weights; `add`, if any, comes to those of the thread's two keys, in units of log2.
+template <class... Add>
+__device__ __forceinline__ void weigh(Block& s, const StepRows& rows, const Add&... add) {
+    const float2* log_sums = (const float2*)rows.log_sums + thread_here() % 4;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const float4 row = pairs[4 * j];
+        const float2 log_sum = log_sums[4 * j];
 #pragma unroll
         for (int key = 0; key < 2; key++) {
-            const float p0 = exp2_fast(fmaf(s[j][2 * key], SCALE2, add[key] + row.x)), p1 = exp2_fast(fmaf(s[j][2 * key + 1], SCALE2, add[key] + row.z));
-            const float g0 = p0 * (ds[j][2 * key] - row.y), g1 = p1 * (ds[j][2 * key + 1] - row.w);
+            s[j][2 * key] = exp2_fast(fmaf(s[j][2 * key], SCALE2, (log_sum.x + ... + add[key])));
+            s[j][2 * key + 1] = exp2_fast(fmaf(s[j][2 * key + 1], SCALE2, (log_sum.y + ... + add[key])));
+        }
+    }
+}
+
+// Weights and the gradients of logits as factors of products, from weights and the products of values and dout. What these gradients are for
+// either of the thread's keys, over its rows, comes to `sum`, if any.
+template <class... Sum>
+__device__ __forceinline__ void differentiate(Fragments& weights, Fragments& factors, const Block& p, const Block& ds, const StepRows& rows, Sum&... sum) {
+    const float2* deltas = (const float2*)rows.deltas + thread_here() % 4;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const float2 delta = deltas[4 * j];
+#pragma unroll
+        for (int key = 0; key < 2; key++) {
+            const float p0 = p[j][2 * key], p1 = p[j][2 * key + 1];
+            const float g0 = p0 * (ds[j][2 * key] - delta.x), g1 = p1 * (ds[j][2 * key + 1] - delta.y);
             weights[j / 2][j % 2 * 2 + key] = pack(p0, p1);
             factors[j / 2][j % 2 * 2 + key] = pack(g0, g1);
-            if (SUMMED) sum[key] += g0 + g1;
+            ((sum[key] += g0 + g1), ...);
         }
     }
 }
@@ -135,6 +162,17 @@ __device__ __forceinline__ void product_of_transposed(Block& acc, u32 a, u32 b, 
                      ", %32, %33, p, 1, 1, 1, 1;\n}"
                      : ACC16(0), ACC16(4)
                      : "l"(describe(a, i * 2048, TILE)), "l"(describe(b, i * 2048, TILE)), "r"(i > 0 ? 1 : add));
+    }
+}
+
+// acc (+)= A B: A in registers, B a tile of 64 rows and columns; a sum begins with `add` 0.
+__device__ __forceinline__ void product_with_rows(Block& acc, const Fragments& a, u32 b, int add) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " REGS32
+                     ", {%32,%33,%34,%35}, %36, p, 1, 1, 1;\n}"
+                     : ACC16(0), ACC16(4)
+                     : "r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]), "l"(describe(b, i * 2048, TILE)), "r"(i > 0 ? 1 : add));
     }
 }
 
@@ -196,10 +234,10 @@ __device__ __forceinline__ void store_dq(int thread, Common<DS>& common, const u
 
 }  // namespace one_pass
 
-// What the steps want to know of rows, [P, n_rows] in the order of queries and, for each, of the group's heads: see `Common`. Grid
+// What the steps want to know of rows, `StepRows` [P, n_rows / 64] in the order of queries and, for each, of the group's heads. Grid
 // [ceil(n_rows / 128), P], 256 threads.
-extern "C" __global__ __launch_bounds__(256) void row_products(const bf16* dout, const bf16* o, const float* lse, const int* lens, float2* rows, int T, int G, int n_rows,
-                                                               int group, u32 reciprocal) {
+extern "C" __global__ __launch_bounds__(256) void row_products(const bf16* dout, const bf16* o, const float* lse, const int* lens, one_pass::StepRows* rows, int T, int G,
+                                                               int n_rows, int group, u32 reciprocal) {
     constexpr int AT_ONCE = 4;
     const int pair = blockIdx.y, b = pair / G, g = pair % G, end = lens[b] * group, first = blockIdx.x * 128 + threadIdx.x / 8, piece = threadIdx.x % 8;
     const Group heads = {group, reciprocal};
@@ -225,7 +263,10 @@ extern "C" __global__ __launch_bounds__(256) void row_products(const bf16* dout,
         }
         sum = quad_sum(sum);
         sum += __shfl_xor_sync(0xffffffffu, sum, 4);
-        if (piece == 0 && row < n_rows) rows[(long)pair * n_rows + row] = row < end ? make_float2(-log_sums[i] * LOG2E, sum) : make_float2(-infinity(), 0.0f);
+        if (piece == 0 && row < n_rows) {
+            one_pass::StepRows& step = rows[(long)pair * (n_rows / ROWS) + row / ROWS];
+            step.log_sums[row % ROWS] = row < end ? -log_sums[i] * LOG2E : -infinity(), step.deltas[row % ROWS] = row < end ? sum : 0.0f;
+        }
     }
 }
 

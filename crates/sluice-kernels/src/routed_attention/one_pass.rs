@@ -1,6 +1,6 @@
 //! Launches of the gradients in one pass (`one_pass.cuh`).
 
-use sluice_tensor::cuda::Arg;
+use sluice_tensor::cuda::{Arg, or_raise};
 use sluice_tensor::{DType, Tensor};
 
 use super::RoutedGrads;
@@ -29,12 +29,16 @@ fn multiprocessors(call: &Call<'_>) -> usize {
     call.gpu.info().multiprocessors as usize
 }
 
-/// Blocks of a superblock: a block of threads, of which one fits a multiprocessor, has each. Of the spans that the table of keys
-/// allows, and a bit a block, the one with the least to do; to begin and to end takes about as long as a block.
-pub(super) fn span(n_blocks: usize, n_routed: usize, pairs: usize, multiprocessors: usize) -> usize {
+/// How many superblocks, of how many blocks at most: a block of threads, of which one fits a multiprocessor, has each. Of the spans that the
+/// table of keys allows, and a bit a block, the one with the least to do; to begin and to end takes about as long as a block.
+pub(super) fn superblocks(n_blocks: usize, n_routed: usize, pairs: usize, multiprocessors: usize) -> (usize, usize) {
     let most = (8192 / n_routed.max(1)).clamp(1, 32);
-    let time = |span: usize| (n_blocks.div_ceil(span) * pairs).div_ceil(multiprocessors) * (span + 1);
-    (1..=most).rev().min_by_key(|&span| time(span)).expect("there are some")
+    (1..=(n_blocks * pairs).div_ceil(multiprocessors).max(1))
+        .map(|waves| (waves * multiprocessors / pairs).clamp(1, n_blocks.max(1)))
+        .map(|n| (n, n_blocks.div_ceil(n).max(1)))
+        .filter(|&(_, span)| span <= most)
+        .min_by_key(|&(n, span)| (n * pairs).div_ceil(multiprocessors) * (span + 1))
+        .expect("superblocks of one block are among them")
 }
 
 /// All gradients. `inputs` are dout, q, k, v and o, in bf16, and lse.
@@ -43,15 +47,18 @@ pub(super) fn bwd(call: &Call<'_>, inputs: [&Tensor; 6], dtype: DType) -> Routed
     let (dims, r, int) = (call.dims, call.routing, Call::int);
     let (pairs, n_rows, lens) = (dims.b * dims.g, r.n_blocks * r.route_every * dims.group(), Arg::from(&r.lens_there));
     let rows = call.ints(2 * pairs * n_rows);
-    let args = [act(dout), act(o), lse.into(), lens, (&rows).into(), int(dims.t), int(dims.g), int(n_rows)];
-    let args: Vec<Arg> = args.into_iter().chain(call.division()).collect();
-    call.keys("row_products", [n_rows.div_ceil(128), pairs, 1], 256, 0, &args);
-
     let mut dq = call.bf16(q.shape());
     let factors = [act(dout), act(q), act(k), act(v), (&rows).into()];
-    let span = span(r.n_blocks, r.n_routed, pairs, multiprocessors(call));
-    let superblocks = Superblocks::new(span, dims.t, r.n_blocks, r.n_routed, true);
+    let superblocks =
+        Superblocks::new(superblocks(r.n_blocks, r.n_routed, pairs, multiprocessors(call)), dims.t, r.n_blocks, r.n_routed, true);
+    // What is known of rows takes bandwidth and the index of keys takes time: side by side.
+    let side = or_raise(call.gpu.fork());
     let entries = routed(call, superblocks, 1, |index| {
+        let args = [act(dout), act(o), lse.into(), lens, (&rows).into(), int(dims.t), int(dims.g), int(n_rows)];
+        let args: Vec<Arg> = args.into_iter().chain(call.division()).collect();
+        call.keys_beside(&side, "row_products", [n_rows.div_ceil(128), pairs, 1], 256, &args);
+        or_raise(side.join());
+
         let Superblocks { span, n, capacity } = index.superblocks;
         let mut args = factors.to_vec();
         args.extend([optional(call.scores), (&r.tau).into(), lens]);
@@ -69,10 +76,10 @@ pub(super) fn bwd(call: &Call<'_>, inputs: [&Tensor; 6], dtype: DType) -> Routed
     let chunk = r.n_blocks.div_ceil((multiprocessors(call) / pairs).max(1));
     let mut args = factors.to_vec();
     args.push(lens);
-    args.extend([&entries.first_reader, &entries.sorted, &entries.sums].map(Arg::from));
+    args.extend([&entries.entry_of_key, &entries.sums].map(Arg::from));
     args.extend([act_mut(&mut dq), act_mut(&mut dk), act_mut(&mut dv)]);
     args.extend([dims.t, dims.g, r.n_blocks, r.window, chunk, entries.capacity].map(int));
     args.extend(call.division());
-    call.keys("local_gradients_sm90", [r.n_blocks.div_ceil(chunk), pairs, 1], 512, 223_440, &args);
+    call.keys("local_gradients_sm90", [r.n_blocks.div_ceil(chunk), pairs, 1], 512, 224_432, &args);
     RoutedGrads { dq: dq.to_dtype(dtype), dk: dk.to_dtype(dtype), dv: dv.to_dtype(dtype), dscores: entries.dscores }
 }

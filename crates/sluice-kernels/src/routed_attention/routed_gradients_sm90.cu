@@ -40,22 +40,25 @@ struct KeyTile {
     float sum[2];       // Of the gradients of logits, over the rows of a block.
 };
 
+__device__ __forceinline__ void prefetch(const bf16* row) { asm volatile("prefetch.global.L2 [%0];" ::"l"(row)); }
+
 // Of a superblock's rows: its part of dq [B, T, H, D], and the sums of its keys. Grid [n, P], 384 threads; `rows` from `row_products`.
-extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const float2* rows,
+extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const StepRows* rows,
                                                                            const float* scores, const float* tau, const int* lens, const RoutedKey* routed_keys,
                                                                            const int* n_keys, const int* n_open, const int* first_entry, float* sums,
                                                                            float* score_sums, bf16* dq, int T, int G, int n_blocks, int n_places, int every,
                                                                            float inverse_temperature, int span, int capacity, int group, u32 reciprocal) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const int superblock = blockIdx.x, pair = blockIdx.y, n = gridDim.x, b = pair / G, g = pair % G;
-    const int begin = superblock * span * every, begin_row = begin * group, end_row = min(begin + span * every, lens[b]) * group;
+    const int first = first_block(superblock, n, n_blocks, span), behind = first_block(superblock + 1, n, n_blocks, span);
+    const int begin_row = first * every * group, end_row = min(behind * every, lens[b]) * group;
     if (begin_row >= end_row) return;
     const int steps = (end_row - begin_row + ROWS - 1) / ROWS;
     const Problem x = {dout, q, k, v, nullptr, nullptr, T, G, {group, reciprocal}};
     const u32 base = __shfl_sync(0xffffffffu, shared_address(shared), 0);
     RoutedShared& state = *(RoutedShared*)(shared + RoutedShared::common);
     Common<2>& common = state.common_part;
-    rows += (long)pair * n_blocks * every * group;
+    rows += (long)pair * n_blocks * every * group / ROWS;
     const int at = pair * n + superblock, n_here = n_open[at], n_all = n_keys[at];
     const RoutedKey* list = routed_keys + (long)at * span * n_places;
     if (threadIdx.x == 0) {
@@ -64,25 +67,35 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
         const long entry = (long)pair * capacity + first_entry[pair * (n + 1) + superblock];
         state.changes = 0, state.row0 = (u32)b * T * G + g, state.list = list;
         state.sums = sums + entry * (2 * D), state.score_sums = score_sums + entry;
-        state.tau = tau + ((long)b * n_blocks + superblock * span) * G + g;
+        state.tau = tau + ((long)b * n_blocks + first) * G + g;
     }
     __syncthreads();
-    for (int i = n_here + threadIdx.x; i < n_all; i += 384) atomicOr(&state.changes, list[i].blocks & -list[i].blocks);
+    for (int i = n_here + threadIdx.x; i < n_all; i += 384) {
+        const RoutedKey key = list[i];
+        atomicOr(&state.changes, key.blocks & -key.blocks);
+        const u64 at = (u64)(state.row0 + key.row * G) * D;
+        prefetch(k + at), prefetch(v + at);
+    }
     __syncthreads();
 
     if (warpgroup() == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         const int thread = threadIdx.x % 64;
+        if (threadIdx.x < 64) {
 #pragma unroll 1
-        for (int step = 0; step < steps; step++) {
-            const int row = begin_row + step * ROWS;
-            if (threadIdx.x < 64) copy_step(thread, common, base + RoutedShared::ring, x, rows, b, g, row, end_row, step);
-            else {
-                store_dq(thread, common, shared + RoutedShared::dq, dq, x, b, g, row, end_row, step);
+            for (int step = 0; step < steps; step++) {
+                barrier_wait(part(common.rows_empty, step), parity<STAGES>(step) ^ 1);
+                copy_step(thread, common, base + RoutedShared::ring, x, rows, b, g, begin_row + step * ROWS, end_row, step);
+                if (step > 0) step_is_there<1>(common, step - 1);
+            }
+            step_is_there<0>(common, steps - 1);
+        } else {
+#pragma unroll 1
+            for (int step = 0; step < steps; step++) {
+                store_dq(thread, common, shared + RoutedShared::dq, dq, x, b, g, begin_row + step * ROWS, end_row, step);
                 barrier_arrive(part(common.dq_empty, step));
             }
         }
-        asm volatile("cp.async.wait_all;" ::: "memory");
         return;
     }
 
@@ -132,30 +145,32 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
             }
         }
     };
-    // The keys of a tile that come with a block.
+    // Keys of a tile that come with a block: their rows are asked for, and later they have their places.
+    const auto fetch = [&](int number_of_tile, int block) {
+#pragma unroll
+        for (int key = 0; key < 2; key++) {
+            const Place& place = place_of(number_of_tile, key);
+            if (place.due != block) continue;
+            const u32 row = state.row0 + place.ahead.row * G;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int piece = i * 4 + lane_here() % 4;
+                const u32 to = (me * 2 + number_of_tile) * TILE + tile_at<64>((first_place() + key * 8) % 64, piece);
+                copy16(k_tiles + to, k + (u64)row * D + piece * 8);
+                copy16(v_tiles + to, v + (u64)row * D + piece * 8);
+            }
+        }
+    };
     const auto take = [&](int number_of_tile, int block) {
 #pragma unroll
         for (int key = 0; key < 2; key++) {
             Place& place = place_of(number_of_tile, key);
-            const bool due = place.due == block;
+            if (place.due != block || lane_here() % 4 != 0) continue;
             const RoutedKey come = place.ahead;
-            if (due) {
-                const u32 row = state.row0 + come.row * G;
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int piece = i * 4 + lane_here() % 4;
-                    const u32 to = (me * 2 + number_of_tile) * TILE + tile_at<64>((first_place() + key * 8) % 64, piece);
-                    copy16(k_tiles + to, k + (u64)row * D + piece * 8);
-                    copy16(v_tiles + to, v + (u64)row * D + piece * 8);
-                }
-            }
-            __syncwarp();
-            if (due && lane_here() % 4 == 0) {
-                if (scores) place.score = scores[state.row0 + come.row * G];
-                place.number = place.next, place.next = come.next, place.blocks = come.blocks;
-                place.due = come.next >= 0 ? come.due : 0x7fffffff;
-                if (come.next >= 0) copy16(shared_address(&place.ahead), state.list + come.next);
-            }
+            if (scores) place.score = scores[state.row0 + come.row * G];
+            place.number = place.next, place.next = come.next, place.blocks = come.blocks;
+            place.due = come.next >= 0 ? come.due : 0x7fffffff;
+            if (come.next >= 0) copy16(shared_address(&place.ahead), state.list + come.next);
         }
     };
     // What the sums of a block mean for its keys' scores.
@@ -187,6 +202,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
                 // Nobody may read a key that goes.
                 if (owes) dq_of(step - 1), owes = false;
                 if (step > 0) barrier_wait(part(common.ds_empty, step - 1), parity<2>(step - 1));
+                fetch(0, block), fetch(1, block);
                 store(tiles[0], 0, block), store(tiles[1], 1, block);
                 __syncwarp();
                 take(0, block), take(1, block);
@@ -209,14 +225,16 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
         left--;
         const u32 q_tile = base + RoutedShared::ring + step % STAGES * (2 * TILE);
         barrier_wait(part(common.rows_full, step), parity<STAGES>(step));
-        show();
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
             Block s, ds;
             start(s, ds, k_tiles + (me * 2 + tile) * TILE, v_tiles + (me * 2 + tile) * TILE, q_tile);
+            products_wait<1>();
+            const StepRows& known = common.rows[step % STAGES];
+            weigh(s, known, tiles[tile].add);
             products_wait<0>();
             Fragments weights, factors;
-            weigh<true>(weights, factors, s, ds, common.rows[step % STAGES], tiles[tile].add, tiles[tile].sum);
+            differentiate(weights, factors, s, ds, known, tiles[tile].sum);
             if (tile == 0) barrier_wait(part(common.ds_empty, step), parity<2>(step) ^ 1);
             fragments_to_tile(base + RoutedShared::ds + (step % 2 * 4 + me * 2 + tile) * TILE, factors);
             if (tile == 1) {

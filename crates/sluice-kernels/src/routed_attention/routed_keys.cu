@@ -1,7 +1,7 @@
 // Routed attention: which routed keys a superblock of blocks of queries reads, in which place each is while the gradients of
 // keys are computed, and where their sums are kept. Follows attention_tile/tile.cuh; key_gradients.cu follows and says why.
 //
-// Buffers, for P = B * G pairs, n = ceil(n_blocks / span) superblocks, `capacity` entries a pair (for what a
+// Buffers, for P = B * G pairs, n superblocks of at most `span` blocks, `capacity` entries a pair (for what a
 // top-k router chose, T + n * n_places always suffice, otherwise n_blocks * n_places):
 //   routed_keys [P, n, span * n_places]; n_keys, n_open [P, n]; first_entry, first_tile [P, n + 1];
 //   readers [P, T], zero before and after; first_reader (-1 for a key without any), next_reader [P, T]; n_listed [P];
@@ -16,6 +16,13 @@ struct __align__(16) RoutedKey {
     u32 blocks;
     int next, due;
 };
+
+// First block of a superblock, or behind the last. What `n` superblocks of `span` blocks have too many is taken from the first ones most: there keys change
+// in every block, which takes time.
+__device__ __forceinline__ int first_block(int superblock, int n, int n_blocks, int span) {
+    const int spare = n * span - n_blocks;
+    return min(superblock * span - min(spare * superblock / (superblock + 7), superblock * span / 4), n_blocks);
+}
 
 // What a list says of a key: whether its block is the first or the last of a superblock that reads it, and how many earlier
 // keys of the list share that. Keys that stay throughout are counted apart.
@@ -70,7 +77,8 @@ extern "C" __global__ __launch_bounds__(THREADS_OF_KEYS) void superblock_keys(co
     routed_keys += at * span * n_places;
     for (int i = threadIdx.x; i < n_slots / 4; i += THREADS_OF_KEYS) ((int4*)slot_row)[i] = make_int4(-1, -1, -1, -1), ((uint4*)slot_blocks)[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
-    const int first = superblock * span, n_valid = max(0, min(min(span, n_blocks - first), (lens[b] + every - 1) / every - first));
+    const int first = first_block(superblock, gridDim.x, n_blocks, span), behind = first_block(superblock + 1, gridDim.x, n_blocks, span);
+    const int n_valid = max(0, min(behind, (lens[b] + every - 1) / every) - first);
     const int* lists = indices + (((long)b * n_blocks + first) * G + g) * n_places;
     constexpr int AT_ONCE = 4;
     for (int from = threadIdx.x; from < n_valid * n_places; from += AT_ONCE * THREADS_OF_KEYS) {

@@ -1,4 +1,4 @@
-//! One GPU: its context, its one compute stream, and everything that belongs to them. A handle is an [`Arc`]; there is no
+//! One GPU: its context, its compute stream and one beside it, and everything that belongs to them. A handle is an [`Arc`]; there is no
 //! global state beside it. Work is queued and returns at once; the host waits only in [`Gpu::synchronize`] and when it reads results,
 //! and every wait is counted.
 
@@ -15,6 +15,7 @@ use super::error::{Context, CudaError};
 use super::gemm::Blas;
 use super::libraries::{Libraries, Version};
 use super::memory::{Buffer, Held, Pool};
+use super::side::SideStream;
 use super::staging::Staging;
 use crate::tensor::{DType, Tensor};
 
@@ -125,6 +126,7 @@ pub struct Gpu {
     device: sys::CUdevice,
     context: sys::CUcontext,
     pub(super) stream: sys::CUstream,
+    pub(super) side: SideStream,
     pub(super) pool: Pool,
     compiler: Compiler,
     modules: Mutex<HashMap<&'static str, Module>>,
@@ -233,11 +235,11 @@ impl Gpu {
             context
         };
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).during("making a stream")?;
-        let pool = Pool::new(info.ordinal as i32)?;
+        let (side, pool) = (SideStream::new()?, Pool::new(info.ordinal as i32)?);
         let (staging, blas) = (Mutex::new(Staging::new()?), Mutex::new(Blas::new()?));
         let (modules, waits, poison) = (Mutex::default(), AtomicU64::new(0), AtomicBool::new(false));
         let (precision, tunes) = (options.precision, options.tune);
-        Ok(Arc::new(Self { info, precision, tunes, device, context, stream, pool, compiler, modules, staging, blas, waits, poison }))
+        Ok(Arc::new(Self { info, precision, tunes, device, context, stream, side, pool, compiler, modules, staging, blas, waits, poison }))
     }
 
     /// What it is.
@@ -417,6 +419,23 @@ impl Gpu {
     /// # Safety
     /// `args` are what the kernel declares, in order, and it stays within the memory that they name.
     pub unsafe fn launch(&self, function: Function, grid: [u32; 3], block: [u32; 3], shared: u32, args: &[Arg]) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_in(self.stream, function, grid, block, shared, args) }
+    }
+
+    /// Queue a kernel in one of this GPU's streams.
+    ///
+    /// # Safety
+    /// As for [`Self::launch`].
+    pub(super) unsafe fn launch_in(
+        &self,
+        stream: sys::CUstream,
+        function: Function,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: u32,
+        args: &[Arg],
+    ) -> Result<(), CudaError> {
         if grid.contains(&0) {
             return Ok(());
         }
@@ -432,7 +451,7 @@ impl Gpu {
             .collect();
         let ([gx, gy, gz], [bx, by, bz]) = (grid, block);
         // SAFETY: the caller's promise; the driver copies the arguments before it returns.
-        unsafe { result::launch_kernel(function.handle, (gx, gy, gz), (bx, by, bz), shared, self.stream, &mut pointers) }
+        unsafe { result::launch_kernel(function.handle, (gx, gy, gz), (bx, by, bz), shared, stream, &mut pointers) }
             .during("launching a kernel")
     }
 
@@ -452,6 +471,7 @@ impl Drop for Gpu {
         // There is nothing to do about a failure.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
+            self.side.destroy();
             for module in self.modules.get_mut().into_iter().flat_map(|m| m.drain()) {
                 let _ = result::module::unload(module.1.handle);
             }

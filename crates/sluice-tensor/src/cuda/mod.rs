@@ -18,6 +18,7 @@ mod tuning;
 
 mod elementwise;
 mod error;
+mod side;
 mod staging;
 
 pub(crate) use elementwise::convert;
@@ -28,3 +29,4 @@ pub use gemm::{Epilogue, Mat, gemm};
 pub use gpu::{Arg, Function, Gpu, GpuInfo, Options, Precision, list};
 pub use libraries::{Libraries, Version};
 pub use memory::{Buffer, Held};
+pub use side::Side;
