@@ -49,7 +49,8 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
     rows += (long)pair * n_blocks * group;
     if (threadIdx.x == 0) {
         init(common, 3);
-        for (int i = 0; i < SLOTS; i++) barrier_init(shared_address(state.keys_empty + i), 8);
+        // Threads of the warpgroup whose tile it was, and warps of the one that computed its last dq.
+        for (int i = 0; i < SLOTS; i++) barrier_init(shared_address(state.keys_empty + i), 128 + 4);
     }
     __syncthreads();
     // Tiles are counted from the first that the chunk sees.
@@ -153,13 +154,14 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
     for (int block = begin; block < my_last; block++) {
         const int tile = tile_of(me, block), there = tile_there(me, block), first_seen = block * 64 - window + 1, steps_here = steps_of(block);
         const bool sees = tile >= first_tile && tile < end, asks = block < end;
-        const u32 k_tile = slot(there);
+        // Who sees nothing must not read values, which may be on their way out.
+        const u32 k_tile = slot(there), v_tile = sees ? k_tile + TILE : k_tile;
 #pragma unroll 1
         for (int i = 0; i < steps_here; i++, step++) {
             const u32 q_tile = base + LocalShared::ring + step % STAGES * (2 * TILE);
             barrier_wait(part(common.rows_full, step), parity<STAGES>(step));
             Block s, ds;
-            start(s, ds, k_tile, k_tile + TILE, q_tile);
+            start(s, ds, k_tile, v_tile, q_tile);
             products_wait<1>();
             if (tile == block) {
                 // A key is seen by the rows of its own query and of later ones.
@@ -206,9 +208,8 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
                     // Every warp has read the tile of values.
                     sync_warpgroup();
                     store(sum_k, tile, dk), store(sum_v, tile, dv);
-                    __syncwarp();
                 }
-                if (lane_here() == 0) barrier_arrive(part(state.keys_empty, tile - first_tile));
+                barrier_arrive(part(state.keys_empty, tile - first_tile));
             }
         }
     }
