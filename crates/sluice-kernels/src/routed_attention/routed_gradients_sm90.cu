@@ -165,7 +165,9 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
 #pragma unroll
         for (int key = 0; key < 2; key++) {
             Place& place = place_of(number_of_tile, key);
-            if (place.due != block || lane_here() % 4 != 0) continue;
+            const bool due = place.due == block;
+            __syncwarp();
+            if (!due || lane_here() % 4 != 0) continue;
             const RoutedKey come = place.ahead;
             if (scores) place.score = scores[state.row0 + come.row * G];
             place.number = place.next, place.next = come.next, place.blocks = come.blocks;
