@@ -20,11 +20,11 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
 def kernels():
-    """Names of the kernels in the .cu files."""
+    """Names of the kernels in the .cu and .cuh files."""
     bounds = r"(?:\s+__launch_bounds__\([^)]*\))?"
     defined = rf"(?:^KERNEL|__global__){bounds}(?:\s+void)?{bounds}\s+(\w+)\("
     by_macro = r"^[A-Z_]+\((\w+), \d+"
-    text = "".join(path.read_text() for path in REPOSITORY.glob("crates/*/src/**/*.cu"))
+    text = "".join(path.read_text() for path in REPOSITORY.glob("crates/*/src/**/*.cu*"))
     return sorted(set(re.findall(defined, text, re.M) + re.findall(by_macro, text, re.M)) - {"name", "__launch_bounds__"})
 
 
