@@ -169,13 +169,15 @@ class Routed:
                          and self.n_blocks * pairs >= 4 * 132 and self.wanted_span is None)
         span = self.wanted_span
         if self.one_pass:
-            n_super, span = self.superblocks(pairs)
+            self.n_super, span = self.superblocks(pairs)
         elif span is None:
             # Long superblocks leave fewer partial sums, short ones more to do side by side; the table of keys must fit.
             span = 32
             while span > 1 and (span * self.n_places > 4096 and span > 8 or span * self.n_places > 8192 or ceil(self.n_blocks, span) * pairs < (48 if span * self.every <= 512 else 128)):
                 span //= 2
-        self.span, self.n_super = span, n_super if self.one_pass else ceil(self.n_blocks, span)
+        self.span = span
+        if not self.one_pass:
+            self.n_super = ceil(self.n_blocks, span)
         self.capacity = max(1, min(self.n_blocks * self.n_places, t + self.n_super * self.n_places))
         # Blocks between which steps of 64 rows begin: there a key may take the place of another, if that saves a wave.
         waves = lambda tiles: ceil(self.n_super * pairs * tiles, 2 * 132)
@@ -311,7 +313,7 @@ class Routed:
         if self.n_places == 0 and self.biased:
             self.dscores.zero_()
         if self.one_pass:
-            # Beside the index, as `Gpu::beside` does.
+            # Beside the index, as in `one_pass.rs`.
             stream = torch.cuda.current_stream()
             self.side.wait_stream(stream)
             self.bwd_index()

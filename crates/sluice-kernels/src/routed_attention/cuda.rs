@@ -398,7 +398,7 @@ pub(super) struct Superblocks {
 }
 
 impl Superblocks {
-    /// `n` of them, which are enough.
+    /// `n` superblocks of `span` blocks hold all.
     pub(super) fn new((n, span): (usize, usize), t: usize, n_blocks: usize, n_routed: usize, never_returns: bool) -> Self {
         // A key that never returns enters once at most, beside those that are there when a superblock begins.
         let at_most = if never_returns { t + n * n_routed } else { usize::MAX };

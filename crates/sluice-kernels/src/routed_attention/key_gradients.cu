@@ -49,8 +49,9 @@ __device__ __forceinline__ void visit(Gradients& grads, unsigned char* shared, c
         const u32 q_tile = k_tile + 2 * TILE + step % 2 * (2 * TILE), dout_tile = q_tile + TILE;
         if (regular && first + ROWS <= end) {
             // A row's distance to the thread's first one is that of their numbers: heads of a group lie side by side.
-            const int own = threadIdx.x / (D / 8), at = x.group.at(b, x.T, x.G, g, first + own);
-            copy_rows<ROWS, D, THREADS>(q_tile, x.q, dout_tile, x.dout, [&](int i) { return at + (i - own) * x.G; });
+            const int own = threadIdx.x / (D / 8);
+            const u32 at = x.group.at(b, x.T, x.G, g, first + own);
+            copy_rows<ROWS, D, THREADS>(q_tile, x.q, dout_tile, x.dout, [&](int i) { return at + (u32)(i - own) * x.G; });
         } else {
             copy_rows<ROWS, D, THREADS>(q_tile, x.q, dout_tile, x.dout, [&](int i) { return x.group.at(b, x.T, x.G, g, min(first + i, end - 1)); });
         }

@@ -22,7 +22,7 @@ struct LocalShared {
 static_assert(LocalShared::common + sizeof(LocalShared) == 224432, "one_pass.rs counts on this");
 
 // dq [B, T, H, D], which holds the part of the routed keys, and dk, dv [B, T, G, D]. Grid [ceil(n_blocks / blocks_a_chunk), P], 512 threads; `rows` from
-// `row_products`; what follows `dv` as in `dkv_local`.
+// `row_products`; `entry_of_key`, `sums`, `window` and `capacity` as in `dkv_local`.
 extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const bf16* dout, const bf16* q, const bf16* k, const bf16* v, const StepRows* rows, const int* lens,
                                                                           const int* entry_of_key, const float* sums, bf16* dq, bf16* dk, bf16* dv, int T,
                                                                           int G, int n_blocks, int window, int blocks_a_chunk, int capacity, int group,
@@ -49,8 +49,8 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
     rows += (long)pair * n_blocks * group;
     if (threadIdx.x == 0) {
         init(common, 3);
-        // Threads of the warpgroup whose tile it was, and warps of the one that computed its last dq.
-        for (int i = 0; i < SLOTS; i++) barrier_init(shared_address(state.keys_empty + i), 128 + 4);
+        // Threads of the warpgroup whose tile it was, and warps of all, which have then computed what dq of its blocks fell to them.
+        for (int i = 0; i < SLOTS; i++) barrier_init(shared_address(state.keys_empty + i), 128 + 12);
     }
     __syncthreads();
     // Tiles are counted from the first that the chunk sees.
@@ -96,28 +96,28 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
     const int me = warpgroup() - 1;
-    const auto lane_here = [] { return thread_here() % 32; };
-    const auto key_here = [] { return thread_here() / 32 % 4 * 16 + thread_here() % 32 / 4; };
     // The tile of a warpgroup that a block may see, or another one that is there.
     const auto tile_of = [&](int warpgroup, int block) { return block - (block - first_tile + 3 - warpgroup) % 3; };
     const auto tile_there = [&](int warpgroup, int block) { return min(max(tile_of(warpgroup, block), first_tile), end - 1); };
     // dq of a step falls to the warpgroups in turn.
     const auto dq_of = [&](int step, int block, bool is_last) {
-        if (step % 3 != me || block >= end) return;
-        dq_of_step<true>(common, base + LocalShared::dq, step, [&](Block& acc) {
+        if (block >= end) return;
+        if (step % 3 == me) {
+            dq_of_step<true>(common, base + LocalShared::dq, step, [&](Block& acc) {
 #pragma unroll
-            for (int i = 0; i < 3; i++) product_of_transposed(acc, base + LocalShared::ds + (step % LOCAL_DS * 3 + i) * TILE, slot(tile_there(i, block)), i);
-        });
+                for (int i = 0; i < 3; i++) product_of_transposed(acc, base + LocalShared::ds + (step % LOCAL_DS * 3 + i) * TILE, slot(tile_there(i, block)), i);
+            });
+        }
         if (is_last && block - 2 >= first_tile && lane_here() == 0) barrier_arrive(part(state.keys_empty, block - 2 - first_tile));
     };
     const auto steps_of = [&](int block) { return min(group, (end_row - block * 64 * group + ROWS - 1) / ROWS); };
-    // The sums of routed readers come to those of the thread's keys of a tile, `part` 0 for dk and 1 for dv.
-    const auto add_routed = [&](Block& sum, int tile, int part, float scale) {
+    // The sums of routed readers come to those of the thread's keys of a tile, from `offset` on in an entry: 0 for dk, D for dv.
+    const auto add_routed = [&](Block& sum, int tile, int offset, float scale) {
         float2 routed[2][8];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int entry = state.entries[(tile - first_tile) % SLOTS][key_here() + 8 * half];
-            const float* from = sums + ((long)pair * capacity + entry) * (2 * D) + part * D + lane_here() % 4 * 2;
+            const int entry = state.entries[(tile - first_tile) % SLOTS][row_here() + 8 * half];
+            const float* from = sums + ((long)pair * capacity + entry) * (2 * D) + offset + lane_here() % 4 * 2;
             // All are asked for before the first is used.
 #pragma unroll
             for (int j = 0; j < 8; j++) routed[half][j] = entry >= 0 ? *(const float2*)(from + 8 * j) : make_float2(0.0f, 0.0f);
@@ -147,14 +147,14 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
     };
     Block sum_k, sum_v;
     int step = 0;
-    bool leaves = true;     // Whether the step before was the last to see its tile; sums begin anew behind it.
+    bool leaves = true;     // Whether the last step computed was the last to see its tile; sums begin anew behind it.
     // The block behind the last that sees a tile of this warpgroup, or whose dq is asked for.
     const int my_last = min(last, max(end, tile_of(me, end - 1) + 3));
 #pragma unroll 1
     for (int block = begin; block < my_last; block++) {
         const int tile = tile_of(me, block), there = tile_there(me, block), first_seen = block * 64 - window + 1, steps_here = steps_of(block);
         const bool sees = tile >= first_tile && tile < end, asks = block < end;
-        // Who sees nothing must not read values, which may be on their way out.
+        // A warpgroup that sees nothing must not read the tile of values, through which gradients may be leaving.
         const u32 k_tile = slot(there), v_tile = sees ? k_tile + TILE : k_tile;
 #pragma unroll 1
         for (int i = 0; i < steps_here; i++, step++) {
@@ -165,7 +165,7 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
             products_wait<1>();
             if (tile == block) {
                 // A key is seen by the rows of its own query and of later ones.
-                const int from = (int)key_here() * group - i * ROWS - (int)lane_here() % 4 * 2;
+                const int from = (int)row_here() * group - i * ROWS - (int)lane_here() % 4 * 2;
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
 #pragma unroll
@@ -177,7 +177,7 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
             } else if (!sees || tile * 64 < first_seen) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    if (!sees || tile * 64 + (int)key_here() + 8 * half < first_seen) {
+                    if (!sees || tile * 64 + (int)row_here() + 8 * half < first_seen) {
 #pragma unroll
                         for (int j = 0; j < 8; j++) s[j][2 * half] = s[j][2 * half + 1] = -infinity();
                     }
@@ -204,7 +204,7 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
             if (step > 0) dq_of(step - 1, i > 0 ? block : block - 1, i == 0);
             if (leaves && sees) {
                 if (tile >= begin) {
-                    add_routed(sum_k, tile, 0, SCALE), add_routed(sum_v, tile, 1, 1.0f);
+                    add_routed(sum_k, tile, 0, SCALE), add_routed(sum_v, tile, D, 1.0f);
                     // Every warp has read the tile of values.
                     sync_warpgroup();
                     store(sum_k, tile, dk), store(sum_v, tile, dv);
@@ -214,7 +214,7 @@ extern "C" __global__ __launch_bounds__(512, 1) void local_gradients_sm90(const 
         }
     }
     dq_of(step - 1, my_last - 1, true);
-    // Who has seen its last lets the others go on.
+    // A warpgroup with nothing left to compute still says of the steps to come that it does not need their rows.
     for (int block = my_last; block < last; block++) {
         for (int i = 0; i < steps_of(block); i++, step++) {
             barrier_wait(part(common.rows_full, step), parity<STAGES>(step));

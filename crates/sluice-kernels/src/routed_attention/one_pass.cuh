@@ -59,9 +59,13 @@ __device__ __forceinline__ u32 part(const u64 (&barriers)[N], int step) { return
 template <int N>
 __device__ __forceinline__ u32 parity(int step) { return step / N & 1; }
 
+// A thread's lane, and the first of its two rows of 64 in accumulators; the other one is 8 further down.
+__device__ __forceinline__ u32 lane_here() { return thread_here() % 32; }
+__device__ __forceinline__ u32 row_here() { return thread_here() / 32 % 4 * 16 + thread_here() % 32 / 4; }
+
 __device__ __forceinline__ void sync_warpgroup() { asm volatile("bar.sync %0, 128;" ::"r"(warpgroup()) : "memory"); }
 
-// Show the matrix unit what this thread has written, or seen to be written by copies.
+// Show the matrix unit what this thread has written.
 __device__ __forceinline__ void show() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Copy 64 rows of D numbers of two matrices to two tiles, by 64 threads, of which this is one; `source(i)` is the row behind row i.
@@ -140,8 +144,7 @@ __device__ __forceinline__ void differentiate(Fragments& weights, Fragments& fac
 
 // Where in a tile of 64 rows a lane finds its row of the first four 8 x 8 matrices of a warpgroup's fragments; the next four are at `at ^ 32`.
 __device__ __forceinline__ u32 fragments_at(u32 tile) {
-    const u32 thread = thread_here(), lane = thread % 32;
-    return tile + tile_at<64>(thread / 32 % 4 * 16 + lane % 16, lane / 16);
+    return tile + tile_at<64>(thread_here() / 32 % 4 * 16 + lane_here() % 16, lane_here() / 16);
 }
 
 // Write a warpgroup's fragments of 64 rows and 64 columns to a tile.
@@ -186,7 +189,7 @@ __device__ __forceinline__ void dq_of_step(Common<DS>& common, u32 dq_tiles, int
     products(acc);
     products_commit();
     products_wait<0>();
-    if (thread_here() % 32 == 0) barrier_arrive(part(common.ds_empty, step));
+    if (lane_here() == 0) barrier_arrive(part(common.ds_empty, step));
     barrier_wait(part(common.dq_empty, step), parity<2>(step) ^ !ADDED);
     const u32 tile = dq_tiles + step % 2 * TILE;
     Fragments sum;

@@ -70,6 +70,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
         state.tau = tau + ((long)b * n_blocks + first) * G + g;
     }
     __syncthreads();
+    // Keys that come later: the blocks in which some do, and their rows into the L2 cache.
     for (int i = n_here + threadIdx.x; i < n_all; i += 384) {
         const RoutedKey key = list[i];
         atomicOr(&state.changes, key.blocks & -key.blocks);
@@ -101,13 +102,9 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int me = warpgroup() - 1;
-    const auto lane_here = [] { return thread_here() % 32; };
     const u32 k_tiles = base + RoutedShared::k, v_tiles = base + RoutedShared::v;
     // A thread's two keys of a tile.
-    const auto first_place = [] {
-        const u32 thread = thread_here();
-        return thread / 128 * 128 - 128 + thread / 32 % 4 * 16 + thread % 32 / 4;
-    };
+    const auto first_place = [] { return thread_here() / 128 * 128 - 128 + row_here(); };
     const auto place_of = [&](int tile, int key) -> Place& { return state.places[first_place() + tile * 64 + key * 8]; };
     {
         // Places without a key hold that of another one, which no block reads there.
@@ -145,7 +142,7 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
             }
         }
     };
-    // Keys of a tile that come with a block: their rows are asked for, and later they have their places.
+    // Ask for the rows of a tile's keys that come with a block.
     const auto fetch = [&](int number_of_tile, int block) {
 #pragma unroll
         for (int key = 0; key < 2; key++) {
@@ -161,11 +158,13 @@ extern "C" __global__ __launch_bounds__(384, 1) void routed_gradients_sm90(const
             }
         }
     };
+    // These keys have their places from now on, and the next ones are looked up.
     const auto take = [&](int number_of_tile, int block) {
 #pragma unroll
         for (int key = 0; key < 2; key++) {
             Place& place = place_of(number_of_tile, key);
             const bool due = place.due == block;
+            // All four lanes of a place have read when it is due before one of them changes it.
             __syncwarp();
             if (!due || lane_here() % 4 != 0) continue;
             const RoutedKey come = place.ahead;

@@ -4,7 +4,8 @@
 // Buffers, for P = B * G pairs, n superblocks of at most `span` blocks, `capacity` entries a pair (for what a
 // top-k router chose, T + n * n_places always suffice, otherwise n_blocks * n_places):
 //   routed_keys [P, n, span * n_places]; n_keys, n_open [P, n]; first_entry, first_tile [P, n + 1];
-//   readers [P, T], zero before and after; first_reader (-1 for a key without any), next_reader [P, T]; n_listed [P];
+//   readers [P, T], zero before and after; first_reader (-1 for a key without any; `sum_entries` leaves the entry of the key's sums there),
+//   next_reader [P, T]; n_listed [P];
 //   entries, sorted [P, capacity]; sums [P, capacity, 2 D]; score_sums [P, capacity].
 
 constexpr int KEYS = 64;   // Places of a tile.
@@ -17,8 +18,8 @@ struct __align__(16) RoutedKey {
     int next, due;
 };
 
-// First block of a superblock, or behind the last. What `n` superblocks of `span` blocks have too many is taken from the first ones most: there keys change
-// in every block, which takes time.
+// First block of a superblock, or behind the last. `n` superblocks of `span` blocks would hold more blocks than there are. Mostly the first ones are
+// shorter for it, because early in a sequence keys change in every block, which takes time; the last may be empty.
 __device__ __forceinline__ int first_block(int superblock, int n, int n_blocks, int span) {
     const int spare = n * span - n_blocks;
     return min(superblock * span - min(spare * superblock / (superblock + 7), superblock * span / 4), n_blocks);

@@ -148,8 +148,8 @@ impl Drop for Buffer {
         if self.bytes == 0 {
             return;
         }
-        // SAFETY: allocated from this stream's pool in `new` and freed here alone; kernels that still use it were queued before.
-        // There is nothing to do about a failure.
+        // SAFETY: allocated from this stream's pool in `new` and freed here alone; kernels that still use it were
+        // queued in this stream before, or joined to it (`side.rs`). There is nothing to do about a failure.
         let _ = self.gpu.bind().map(|()| unsafe { result::free_async(self.address, self.gpu.stream) });
         self.gpu.pool.freed(self.bytes);
     }

@@ -33,7 +33,7 @@ impl SideStream {
     }
 }
 
-/// Kernels beside the compute stream, from [`Gpu::fork`] to [`Side::join`]. Memory that they use must stay allocated until they are joined.
+/// Kernels beside the compute stream, from [`Gpu::fork`] to [`Side::join`].
 #[must_use = "what comes later must wait for them: join"]
 pub struct Side<'a> {
     gpu: &'a Gpu,
@@ -61,7 +61,8 @@ impl Side<'_> {
     /// Queue a kernel here.
     ///
     /// # Safety
-    /// As for [`Gpu::launch`]; and what it touches, no kernel writes that the compute stream is given before [`Side::join`].
+    /// As for [`Gpu::launch`]. [`Side::join`] is called, and until then the compute stream is given nothing that reads what this kernel writes or writes
+    /// what it touches, and none of that memory is freed.
     pub unsafe fn launch(&self, function: Function, grid: [u32; 3], block: [u32; 3], shared: u32, args: &[Arg]) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
         unsafe { self.gpu.launch_in(self.gpu.side.stream, function, grid, block, shared, args) }
