@@ -225,8 +225,8 @@ class Routed:
                    self.chunk_group, self.n_groups, self.top_k)
         listed = 8 * self.top_k * (1 if self.has_before else self.n_chunks - 1)
         # Consecutive blocks of one run share most of the work.
-        run = max(1, min(self.n_blocks * pairs // 128, 512 // self.every if self.top_k <= 512 else 1, self.n_blocks))
-        contenders = 8 * (self.top_k + 512) if run > 1 else 0
+        run = max(1, min(self.n_blocks * pairs // 128, (1024 - self.top_k) // self.every if self.top_k <= 512 else 1, self.n_blocks))
+        contenders = 8 * 1024 if run > 1 else 0
         launch(f("route_blocks"), (ceil(self.n_blocks, run), self.g, self.b), threads, contenders + listed + 4 * self.chunk, scores, self.lens, self.best, before,
                self.indices, self.tau, self.t, self.g, self.n_blocks, self.n_places, self.window, self.top_k, self.every, self.n_sink, self.chunk, self.n_chunks, run)
 

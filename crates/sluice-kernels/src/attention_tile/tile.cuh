@@ -183,6 +183,11 @@ __device__ __forceinline__ void load_fragments(u32 (&r)[4], u32 address) {
 
 #if WGMMA
 
+// Write four 8 x 8 matrices to a tile; a lane names a row of one, and has the numbers that it has in accumulators.
+__device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 // Describes a tile to wgmma: 128-byte swizzle, groups of 8 rows 1024 bytes apart, panels `panel` bytes apart. The address
 // comes in two parts so that only the first is computed.
 __device__ __forceinline__ u64 describe(u32 tile, u32 offset, u32 panel) {
@@ -309,12 +314,22 @@ __device__ __forceinline__ void to_fragments(u32 (&a)[N / 16][4], const float (&
 // Write a warp's accumulators, times a factor for either row, as bf16 to 16 rows of a tile from `row` on.
 template <int ROWS, int D>
 __device__ __forceinline__ void accumulators_to_tile(unsigned char* tile, int row, const float (&acc)[D / 8][4], float f0, float f1) {
+#if WGMMA
+    const int lane = thread_here() % 32;
+    const u32 at = shared_address(tile) + tile_at<ROWS>(row + lane % 16, lane / 16);
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) {
+        const float(&x)[4] = acc[2 * i], (&y)[4] = acc[2 * i + 1];
+        store_matrices((at ^ i % 4 * 32) + i / 4 * (ROWS * 128), pack(x[0] * f0, x[1] * f0), pack(x[2] * f1, x[3] * f1), pack(y[0] * f0, y[1] * f0), pack(y[2] * f1, y[3] * f1));
+    }
+#else
     const int lane = threadIdx.x % 32, first = row + lane / 4;
 #pragma unroll
     for (int j = 0; j < D / 8; j++) {
         *(u32*)(tile + tile_at<ROWS>(first, j) + lane % 4 * 4) = pack(acc[j][0] * f0, acc[j][1] * f0);
         *(u32*)(tile + tile_at<ROWS>(first + 8, j) + lane % 4 * 4) = pack(acc[j][2] * f1, acc[j][3] * f1);
     }
+#endif
 }
 
 // Write the first `n` rows of a tile to the rows `target(i)` of `x`.

@@ -147,7 +147,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void routed_attention_fwd_sm
 
     // Last local key that a row sees, counted from the first; for a row that is padding the last valid one's.
     const auto last_seen = [&](int row) { return p.query(min(row, p.n_rows - 1)) - first_local; };
-    const int first_masked = (last_seen(me * 64) + 1) / KEYS, last_local = last_seen(me * 64 + 63) / KEYS;
+    const int first_masked = (last_seen(me * 64) + 1) / KEYS, last_key = last_seen(me * 64 + 63), last_local = last_key / KEYS;
     const float scale = LOG2E * rsqrtf((float)D);
     int stage = 0, asked_stage = 0;
     u32 parity = 0, asked_parity = 0;
@@ -185,6 +185,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void routed_attention_fwd_sm
             if (!local || step <= last_local) {
 #pragma unroll
                 for (int part = 0; part < KEYS / COLUMNS; part++) {
+                    // Behind the last key that a row of the warpgroup sees.
+                    if (part > 0 && local && step * KEYS + part * COLUMNS > last_key) break;
                     float s[COLUMNS / 8][4];
                     products_begin();
                     product_of_tiles<D, 64, COLUMNS>(s, q_tile, 0, k_tile + part * (COLUMNS * 128));
@@ -201,13 +203,15 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void routed_attention_fwd_sm
                                 s[j][0] += beta.x, s[j][1] += beta.y, s[j][2] += beta.x, s[j][3] += beta.y;
                             }
                         }
-                        const int seen0 = (local ? last_seen(row) - step * KEYS : left) - column, seen1 = (local ? last_seen(row + 8) - step * KEYS : left) - column;
+                        if (local ? step >= first_masked : left < KEYS - 1) {
+                            const int seen0 = (local ? last_seen(row) - step * KEYS : left) - column, seen1 = (local ? last_seen(row + 8) - step * KEYS : left) - column;
 #pragma unroll
-                        for (int j = 0; j < COLUMNS / 8; j++) {
+                            for (int j = 0; j < COLUMNS / 8; j++) {
 #pragma unroll
-                            for (int e = 0; e < 2; e++) {
-                                if (8 * j + e > seen0) s[j][e] = -infinity();
-                                if (8 * j + e > seen1) s[j][2 + e] = -infinity();
+                                for (int e = 0; e < 2; e++) {
+                                    if (8 * j + e > seen0) s[j][e] = -infinity();
+                                    if (8 * j + e > seen1) s[j][2 + e] = -infinity();
+                                }
                             }
                         }
                         if ((step == 0 && part == 0) || careful) {
@@ -219,14 +223,16 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void routed_attention_fwd_sm
                                 new1 = fmaxf(new1, fmaxf(s[j][2], s[j][3]));
                             }
                             new0 = fmaxf(top0, quad_max(new0) * scale), new1 = fmaxf(top1, quad_max(new1) * scale);
-                            const float shrink0 = exp2_fast(top0 - new0), shrink1 = exp2_fast(top1 - new1);
-                            top0 = new0, top1 = new1;
-                            sum0 *= shrink0, sum1 *= shrink1;
+                            if (careful) {
+                                const float shrink0 = exp2_fast(top0 - new0), shrink1 = exp2_fast(top1 - new1);
+                                sum0 *= shrink0, sum1 *= shrink1;
 #pragma unroll
-                            for (int j = 0; j < D / 8; j++) {
-                                out[j][0] *= shrink0, out[j][1] *= shrink0;
-                                out[j][2] *= shrink1, out[j][3] *= shrink1;
+                                for (int j = 0; j < D / 8; j++) {
+                                    out[j][0] *= shrink0, out[j][1] *= shrink0;
+                                    out[j][2] *= shrink1, out[j][3] *= shrink1;
+                                }
                             }
+                            top0 = new0, top1 = new1;
                         }
                     }
                     u32 weights[COLUMNS / 16][4];

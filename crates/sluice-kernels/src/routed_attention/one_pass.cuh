@@ -151,10 +151,7 @@ __device__ __forceinline__ u32 fragments_at(u32 tile) {
 __device__ __forceinline__ void fragments_to_tile(u32 tile, const Fragments& x) {
     const u32 at = fragments_at(tile);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at ^ i * 32), "r"(x[i][0]), "r"(x[i][1]), "r"(x[i][2]), "r"(x[i][3])
-                     : "memory");
-    }
+    for (int i = 0; i < 4; i++) store_matrices(at ^ i * 32, x[i][0], x[i][1], x[i][2], x[i][3]);
 }
 
 // acc (+)= A^T B, both tiles of 64 rows and columns; a sum begins with `add` 0.

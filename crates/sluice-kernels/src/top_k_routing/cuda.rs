@@ -16,8 +16,8 @@ const SOURCE: KernelSource =
 /// Threads of a block.
 const THREADS: u32 = 512;
 
-/// Positions that a run of blocks adds to those before its first one, at most.
-const RUN: usize = 512;
+/// Positions that may be among the best of some block of a run, at most: `top_k`, and those that its blocks but the first add.
+const CONTENDERS: usize = 1024;
 
 /// Bytes of candidates that shared memory holds at most; the kernels have 21 KiB of their own beside them.
 const MOST_BYTES: usize = 200 << 10;
@@ -81,13 +81,8 @@ impl Plan {
 
 /// Consecutive blocks that share most of the work: as many as leave enough to do side by side, if that is little at all.
 fn blocks_of_a_run(n_blocks: usize, pairs: usize, budget: &Budget) -> usize {
-    let most = if budget.top_k <= 512 { RUN / budget.route_every } else { 1 };
+    let most = if budget.top_k <= CONTENDERS / 2 { (CONTENDERS - budget.top_k) / budget.route_every } else { 1 };
     (n_blocks * pairs / 128).min(most).clamp(1, n_blocks)
-}
-
-/// Bytes of shared memory for what may be among the best of some block of a run.
-fn contenders(top_k: usize) -> usize {
-    listed(top_k + RUN)
 }
 
 /// Bytes of shared memory for so many candidates from lists.
@@ -174,7 +169,7 @@ pub(super) fn route(gpu: &Arc<Gpu>, scores: &Tensor, lens: &[usize], budget: &Bu
         int(n_chunks),
         int(blocks),
     ];
-    let more = if blocks > 1 { contenders(top_k) } else { 0 };
+    let more = if blocks > 1 { listed(CONTENDERS) } else { 0 };
     run("route_blocks", [n_blocks.div_ceil(blocks), g, b], plan.bytes(top_k) + more, &args);
     routing
 }

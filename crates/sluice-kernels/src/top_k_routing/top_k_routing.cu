@@ -17,8 +17,8 @@
 // second. A list is `top_k` candidates (`u64`: score in an order-preserving form, position below). A chunk is no shorter
 // than that, so whatever precedes a candidate is full.
 
-// Positions that a run of blocks adds to the first one's, at most.
-constexpr int RUN = 512;
+// Those that may be among the best of some block of a run, at most: `top_k`, and what its blocks but the first add.
+constexpr int CONTENDERS = 1024;
 
 // Keep the best as a list.
 __device__ __forceinline__ void keep_list(const Candidates& c, int top_k, u64* list) {
@@ -61,10 +61,10 @@ struct Contenders {
     int n;
 };
 
-// Append those of THREADS * EACH candidates that have a rank that is not 0, in order: first by warp, then by `e`, then by lane.
-// False if there are more than `most` then, and nobody was appended.
+// Append those of THREADS * EACH candidates that have a rank that is not 0, in order: first by warp, then by `e`, then by lane; positions
+// of a lane are 32 apart. False if there are too many then, and nobody was appended.
 template <int EACH>
-__device__ __forceinline__ bool append(Contenders& x, const u32 (&rank)[EACH], int first_position, int step, int most) {
+__device__ __forceinline__ bool append(Contenders& x, const u32 (&rank)[EACH], int first_position) {
     __shared__ int of_warp[WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int n = 0;
@@ -74,13 +74,13 @@ __device__ __forceinline__ bool append(Contenders& x, const u32 (&rank)[EACH], i
     __syncthreads();
     const int n_of_warp = lane < WARPS ? of_warp[lane] : 0;
     const int all = x.n + __reduce_add_sync(0xffffffffu, n_of_warp);
-    if (all > most) return false;
+    if (all > CONTENDERS) return false;
     int to = x.n + __reduce_add_sync(0xffffffffu, lane < warp ? n_of_warp : 0);
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
         const u32 votes = __ballot_sync(0xffffffffu, rank[e] > 0);
         const int i = to + __popc(votes & ((1u << lane) - 1));
-        if (rank[e] > 0) x.rank[i] = rank[e], x.position[i] = first_position + e * step;
+        if (rank[e] > 0) x.rank[i] = rank[e], x.position[i] = first_position + e * 32;
         to += __popc(votes);
     }
     x.n = all;
@@ -90,7 +90,7 @@ __device__ __forceinline__ bool append(Contenders& x, const u32 (&rank)[EACH], i
 
 // A warp routes a block: the best of the contenders below `limit`, none of which has a rank below `least`.
 __device__ __forceinline__ void route_block(const Contenders& x, int limit, int top_k, u32 least, int* indices, float* tau, int n_places) {
-    constexpr int MOST = 2 * RUN / 32, PART = 8;  // Contenders of a lane, and those of them that are skipped together.
+    constexpr int MOST = CONTENDERS / 32, PART = 8;  // Contenders of a lane, and those of them that are skipped together.
     const int lane = threadIdx.x % 32;
     u32 rank[MOST];
     int n = 0;
@@ -156,8 +156,8 @@ __device__ __forceinline__ void route_block(const Contenders& x, int limit, int 
 // indices [B, n_blocks, G, n_places], ascending and padded with -1; tau [B, n_blocks, G]. `before` is null when what
 // precedes a chunk is to be had from `best`. A `window` of 1 - T lets the only block of an encoder keep any position.
 // Grid [ceil(n_blocks / run), G, B]; the last blocks, which have most to do, come first. The blocks of a run but the first
-// add RUN positions at most. Dynamic shared memory, beside that of `no_candidates`, if a run has several blocks: 8 bytes
-// for everyone of top_k + RUN contenders, which RUN >= top_k suits.
+// add CONTENDERS - top_k positions at most. Dynamic shared memory, beside that of `no_candidates`, if a run has several blocks: 8 bytes
+// for everyone of CONTENDERS.
 extern "C" __global__ __launch_bounds__(THREADS, 2) void route_blocks(const float* scores, const int* lens, const u64* best, const u64* before, int* indices, float* tau, int T,
                                                               int G, int n_blocks, int n_places, int window, int top_k, int every, int n_sink, int chunk_size,
                                                               int n_chunks, int run) {
@@ -169,14 +169,14 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void route_blocks(const floa
     const int begin = n_candidates(first), chunk = max(0, begin - 1) / chunk_size;
     // The last candidate of the run.
     const int last = n_here > 1 ? min(first + n_here - 1, (len - 1) / every) : first, end = last > first ? n_candidates(last) : begin;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, most = top_k + RUN;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const auto rank_at = [&](int position) { return position < n_sink ? RANK_OF_INFINITY : rank_of(scores[(long)position * G]); };
-    Contenders x = {shared, (int*)shared + most, 0};
+    Contenders x = {shared, (int*)shared + CONTENDERS, 0};
     u32 least = 0;
     int routed = 0;
 
     // If few of the chunk's candidates are no worse than the k-th of what precedes it, they and those k contend.
-    constexpr int EACH = 5;
+    constexpr int EACH = 6;
     if (run > 1 && before && chunk > 0 && end - chunk * chunk_size <= EACH * THREADS) {
         __shared__ u32 least_of_warp[WARPS];
         const u64* list = before + (pair * n_chunks + chunk) * top_k;
@@ -197,10 +197,10 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void route_blocks(const floa
 #pragma unroll
         for (int e = 0; e < EACH; e++) rank[e] = rank[e] >= least ? rank[e] : 0;
         x.n = top_k;
-        if (!append(x, rank, position, 32, most)) x.n = 0;
+        if (!append(x, rank, position)) x.n = 0;
     }
     if (x.n == 0) {
-        Candidates c = no_candidates(shared + (run > 1 ? 2 * most : 0), before ? top_k : (n_chunks - 1) * top_k);
+        Candidates c = no_candidates(shared + (run > 1 ? 2 * CONTENDERS : 0), before ? top_k : (n_chunks - 1) * top_k);
         if (before) append_list(c, before + (pair * n_chunks + chunk) * top_k, chunk > 0 ? top_k : 0);
         else append_list(c, best + pair * n_chunks * top_k, chunk * top_k);
         append_scores(c, scores, chunk * chunk_size, begin, G, n_sink);
@@ -212,10 +212,15 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void route_blocks(const floa
         for (int i = x.n + threadIdx.x; i < n_places; i += THREADS) to[i] = -1;
         if (threadIdx.x == 0) tau[at(first)] = least ? score_of(least) : __int_as_float(0xff800000);
         if (n_here == 1) return;
-        const int position = begin + threadIdx.x;
-        const u32 rank[1] = {position < end ? rank_at(position) : 0};
-        const u32 contends[1] = {rank[0] >= least ? rank[0] : 0};
-        append(x, contends, position, 0, most);
+        constexpr int EACH = CONTENDERS / THREADS;
+        const int position = begin + warp * (32 * EACH) + lane;
+        u32 contends[EACH];
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const u32 rank = position + 32 * e < end ? rank_at(position + 32 * e) : 0;
+            contends[e] = rank >= least ? rank : 0;
+        }
+        append(x, contends, position);
         routed = 1;
     }
     for (int i = routed + warp; i < n_here; i += WARPS) {
