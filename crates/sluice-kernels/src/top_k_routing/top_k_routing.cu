@@ -176,14 +176,14 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void route_blocks(const floa
     int routed = 0;
 
     // If few of the chunk's candidates are no worse than the k-th of what precedes it, they and those k contend.
-    constexpr int EACH = 6;
-    if (run > 1 && before && chunk > 0 && end - chunk * chunk_size <= EACH * THREADS) {
+    constexpr int OF_CHUNK = 6;
+    if (run > 1 && before && chunk > 0 && end - chunk * chunk_size <= OF_CHUNK * THREADS) {
         __shared__ u32 least_of_warp[WARPS];
         const u64* list = before + (pair * n_chunks + chunk) * top_k;
-        const int position = chunk * chunk_size + warp * (32 * EACH) + lane;
-        u32 rank[EACH];
+        const int position = chunk * chunk_size + warp * (32 * OF_CHUNK) + lane;
+        u32 rank[OF_CHUNK];
 #pragma unroll
-        for (int e = 0; e < EACH; e++) rank[e] = position + 32 * e < end ? rank_at(position + 32 * e) : 0;
+        for (int e = 0; e < OF_CHUNK; e++) rank[e] = position + 32 * e < end ? rank_at(position + 32 * e) : 0;
         u32 least_here = 0xffffffffu;
         for (int i = threadIdx.x; i < top_k; i += THREADS) {
             const u64 key = list[i];
@@ -195,7 +195,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void route_blocks(const floa
         __syncthreads();
         least = __reduce_min_sync(0xffffffffu, least_of_warp[lane % WARPS]);
 #pragma unroll
-        for (int e = 0; e < EACH; e++) rank[e] = rank[e] >= least ? rank[e] : 0;
+        for (int e = 0; e < OF_CHUNK; e++) rank[e] = rank[e] >= least ? rank[e] : 0;
         x.n = top_k;
         if (!append(x, rank, position)) x.n = 0;
     }
@@ -212,11 +212,11 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void route_blocks(const floa
         for (int i = x.n + threadIdx.x; i < n_places; i += THREADS) to[i] = -1;
         if (threadIdx.x == 0) tau[at(first)] = least ? score_of(least) : __int_as_float(0xff800000);
         if (n_here == 1) return;
-        constexpr int EACH = CONTENDERS / THREADS;
-        const int position = begin + warp * (32 * EACH) + lane;
-        u32 contends[EACH];
+        constexpr int OF_RUN = CONTENDERS / THREADS;
+        const int position = begin + warp * (32 * OF_RUN) + lane;
+        u32 contends[OF_RUN];
 #pragma unroll
-        for (int e = 0; e < EACH; e++) {
+        for (int e = 0; e < OF_RUN; e++) {
             const u32 rank = position + 32 * e < end ? rank_at(position + 32 * e) : 0;
             contends[e] = rank >= least ? rank : 0;
         }
